@@ -1,0 +1,110 @@
+"""The one place where attention is computed and its kernel chosen.
+
+Queries are walked in blocks, so that the largest temporary is [heads, block, keys] however long the sequence is. Logits and
+softmax are float32, products run in the arrays' dtype with float32 accumulation.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Logits of one block of queries may take this many bytes (float32, all rows and heads together).
+BLOCK_BYTES = 64 << 20
+
+
+class Keys(NamedTuple):
+    """A run of keys that queries attend to; a token may attend to several runs under one softmax."""
+
+    k: jax.Array  # [B, K, S, D]
+    v: jax.Array  # [B, K, S, D]
+    valid: jax.Array | None = None  # bool [B, S]; None: all
+    causal: bool = False  # query i sees keys 0..i of this run
+
+
+def attend(q: jax.Array, *runs: Keys, scale: float | None = None) -> jax.Array:
+    """Softmax attention of q [B, H, N, D] over the keys of all runs together -> [B, H, N, D].
+
+    H is a multiple of K (grouped queries). A query that may attend to nothing gets a finite, meaningless value.
+    """
+    heads, kv_heads = q.shape[1], runs[0].k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def block(q, start):  # q [B, K, G, n, D]
+        logits = jnp.concatenate([_logits(q, run, start, scale) for run in runs], axis=-1)
+        weights = jax.nn.softmax(logits, axis=-1)
+        parts, offset = [], 0
+        for run in runs:
+            part = jax.lax.slice_in_dim(weights, offset, offset + run.k.shape[2], axis=-1).astype(run.v.dtype)
+            parts.append(jnp.einsum("bkgns,bksd->bkgnd", part, run.v, preferred_element_type=jnp.float32))
+            offset += run.k.shape[2]
+        return sum(parts).astype(q.dtype)
+
+    grouped = q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
+    out = _over_blocks(block, grouped, sum(run.k.shape[2] for run in runs))
+    return out.reshape(q.shape)
+
+
+def column_sums(
+    q: jax.Array, k: jax.Array, valid: jax.Array, query_valid: jax.Array | None = None, scale: float | None = None
+) -> jax.Array:
+    """How much attention each key draws: softmax(q k^T) summed over queries and averaged over heads, float32 [B, S].
+
+    q [B, H, N, D], k [B, K, S, D]; only valid [B, S] keys draw any, only query_valid [B, N] queries give any. No causal mask.
+    """
+    heads, kv_heads = q.shape[1], k.shape[1]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grouped = q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
+    counted = jnp.ones((q.shape[0], q.shape[2]), bool) if query_valid is None else query_valid
+
+    def block(total, start, q, counted):
+        weights = jax.nn.softmax(_logits(q, Keys(k, k, valid), start, scale), axis=-1)
+        return total + jnp.einsum("bkgns,bn->bs", weights, counted.astype(jnp.float32)) / heads
+
+    size = _block_size(grouped, k.shape[2])
+    count = -(-q.shape[2] // size)
+    total = jnp.zeros((q.shape[0], k.shape[2]), jnp.float32)
+    if count == 1:
+        return block(total, 0, grouped, counted) * valid
+    pieces = _split(grouped, 3, size), _split(counted, 1, size)  # padding queries count nothing
+    total, _ = jax.lax.scan(
+        lambda total, xs: (block(total, *xs), None), total, (jnp.arange(count) * size, *pieces)
+    )
+    return total * valid
+
+
+def _logits(q: jax.Array, run: Keys, start, scale: float) -> jax.Array:
+    """Masked logits float32 [B, K, G, n, S] of the queries start..start+n."""
+    logits = jnp.einsum("bkgnd,bksd->bkgns", q, run.k, preferred_element_type=jnp.float32) * scale
+    lowest = jnp.finfo(jnp.float32).min
+    if run.valid is not None:
+        logits = jnp.where(run.valid[:, None, None, None], logits, lowest)
+    if run.causal:
+        seen = jnp.arange(run.k.shape[2]) <= start + jnp.arange(q.shape[3])[:, None]
+        logits = jnp.where(seen, logits, lowest)
+    return logits
+
+
+def _over_blocks(block, q: jax.Array, keys: int) -> jax.Array:
+    """block(q piece, start) over pieces of q's token axis (3)."""
+    size = _block_size(q, keys)
+    if size >= q.shape[3]:
+        return block(q, 0)
+    pieces = _split(q, 3, size)
+    out = jax.lax.map(lambda xs: block(*xs), (pieces, jnp.arange(pieces.shape[0]) * size))
+    out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], -1, q.shape[-1])
+    return out[:, :, :, : q.shape[3]]
+
+
+def _block_size(q: jax.Array, keys: int) -> int:
+    rows = q.shape[0] * q.shape[1] * q.shape[2]
+    return min(q.shape[3], max(64, BLOCK_BYTES // (4 * rows * keys) // 64 * 64))
+
+
+def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Pads an axis to a multiple of size and moves the blocks to a new leading axis."""
+    count = -(-x.shape[axis] // size)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, count * size - x.shape[axis])
+    x = jnp.pad(x, padding)
+    return jnp.moveaxis(x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :]), axis, 0)

@@ -1,0 +1,174 @@
+"""A preallocated key-value cache that layers read and append to, in place.
+
+Its arrays have the token axis second to last. They are stacked over layers ([L, ...], for scanned layers) or tuples with one
+array a layer (for unrolled ones). All rows of a batch append at one shared offset; a row with fewer tokens leaves a hole,
+which `valid` masks.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from longvid_jax.ops.attention import Keys, attend
+from longvid_jax.ops.rope import Rope
+
+# Fractions of the capacity among which the attended prefix is chosen, so that the unfilled part is not paid for.
+PREFIXES = (8, 4, 2, 1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """What a decoder remembers. L layers, B batch, K kv heads, S capacity, D head width, A position axes."""
+
+    keys: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, D], rotated
+    values: jax.Array | tuple[jax.Array, ...]  # [L, B, K, S, D]
+    positions: jax.Array | tuple[jax.Array, ...]  # int32 [L, B, S, A]: where each key stands for the rotary embedding
+    source: jax.Array | tuple[jax.Array, ...]  # int32 [L, B, S, 1]: its index in the block it came with; -1: none
+    valid: jax.Array  # bool [B, S]
+    last: jax.Array  # int32 [L, B]: first-axis position of the last token stored; -1 while empty
+    offset: jax.Array  # int32 []: where the next block is written
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a row can hold."""
+        return self.valid.shape[-1]
+
+
+class Block(NamedTuple):
+    """What a layer stores of a block of tokens; the first `count` of its N entries are real."""
+
+    k: jax.Array  # [B, K, N, D], rotated
+    v: jax.Array  # [B, K, N, D]
+    positions: jax.Array  # int32 [B, N, A]
+    source: jax.Array  # int32 [B, N]
+
+
+# Chooses what is stored: select(q, k, v, positions, rope) with unrotated q [B, H, N, D] and k, v [B, K, N, D] -> Block.
+Select = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Rope], Block]
+
+
+def empty(
+    depth: int, batch: int, kv_heads: int, capacity: int, head_dim: int, axes: int, dtype, *, stacked: bool
+) -> KVCache:
+    """An empty cache; `stacked` as the decoder's layers are."""
+
+    def zeros(shape, dtype, fill=0):
+        if stacked:
+            return jnp.full((depth, *shape), fill, dtype)
+        return tuple(jnp.full(shape, fill, dtype) for _ in range(depth))
+
+    return KVCache(
+        keys=zeros((batch, kv_heads, capacity, head_dim), dtype),
+        values=zeros((batch, kv_heads, capacity, head_dim), dtype),
+        positions=zeros((batch, capacity, axes), jnp.int32),
+        source=zeros((batch, capacity, 1), jnp.int32, -1),
+        valid=jnp.zeros((batch, capacity), bool),
+        last=jnp.full((depth, batch), -1, jnp.int32),
+        offset=jnp.int32(0),
+    )
+
+
+def grow(cache: KVCache, capacity: int) -> KVCache:
+    """The same cache with room for `capacity` tokens a row."""
+    extra = capacity - cache.capacity
+
+    def pad(x, axis, fill=0):
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, extra)
+        return jnp.pad(x, widths, constant_values=fill)
+
+    return dataclasses.replace(
+        cache,
+        keys=jax.tree.map(lambda x: pad(x, -2), cache.keys),
+        values=jax.tree.map(lambda x: pad(x, -2), cache.values),
+        positions=jax.tree.map(lambda x: pad(x, -2), cache.positions),
+        source=jax.tree.map(lambda x: pad(x, -2, -1), cache.source),
+        valid=pad(cache.valid, -1),
+    )
+
+
+def read(buffer, layer, length: int) -> jax.Array:
+    """The first `length` tokens of one layer."""
+    if isinstance(buffer, tuple):
+        return buffer[layer][..., :length, :]
+    size = (1, *buffer.shape[1:-2], length, buffer.shape[-1])
+    return jax.lax.dynamic_slice(buffer, (layer,) + (0,) * (buffer.ndim - 1), size)[0]
+
+
+def write(buffer, layer, offset, block: jax.Array):
+    """The buffer with block [..., N, D] at the token `offset` of one layer."""
+    if isinstance(buffer, tuple):
+        at = (0,) * (block.ndim - 2) + (offset, 0)
+        new = jax.lax.dynamic_update_slice(buffer[layer], block.astype(buffer[layer].dtype), at)
+        return (*buffer[:layer], new, *buffer[layer + 1 :])
+    at = (layer,) + (0,) * (block.ndim - 2) + (offset, 0)
+    return jax.lax.dynamic_update_slice(buffer, block.astype(buffer.dtype)[None], at)
+
+
+def attention(
+    cache: KVCache,
+    layer,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    positions: jax.Array,
+    valid: jax.Array,
+    rope: Rope,
+    contiguous: bool = False,
+    select: Select | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """One layer's attention of a block of tokens over the cache and, causally, over itself; then the block is stored.
+
+    q [B, H, N, D] and k, v [B, K, N, D] are not rotated yet; positions int32 [B, N, A]; valid bool [B, N], valid tokens first.
+    `contiguous` moves the first position axis so that the block follows the layer's last stored token (ReTaKe's re-forged
+    positions, arXiv 2412.20504 section 3.3). `select` decides what is stored; without it everything is. `valid` and `offset`
+    of the cache move once for all layers, with `advance`.
+    """
+    if contiguous:
+        shift = cache.last[layer] + 1 - positions[:, 0, 0]
+        positions = positions.at[..., 0].add(shift[:, None])
+    rotated_q, rotated_k = rope(q, positions), rope(k, positions)
+    context = _attend_prefix(cache, layer, rotated_q, Keys(rotated_k, v, valid, causal=True))
+    if select is None:
+        source = jnp.full(valid.shape, -1, jnp.int32)
+        block, count = Block(rotated_k, v, positions, source), valid.sum(-1, dtype=jnp.int32)
+    else:
+        block, count = select(q, k, v, positions, rope)
+    end = jnp.take_along_axis(block.positions[..., 0], jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    return context, dataclasses.replace(
+        cache,
+        keys=write(cache.keys, layer, cache.offset, block.k),
+        values=write(cache.values, layer, cache.offset, block.v),
+        positions=write(cache.positions, layer, cache.offset, block.positions),
+        source=write(cache.source, layer, cache.offset, block.source[..., None]),
+        last=cache.last.at[layer].set(jnp.where(count > 0, end, cache.last[layer])),
+    )
+
+
+def advance(cache: KVCache, count: jax.Array, width: int) -> KVCache:
+    """After all layers stored a block `width` wide of which `count` [B] are real: they become valid, the offset moves."""
+    valid = jnp.arange(width) < count[:, None]
+    return dataclasses.replace(
+        cache,
+        valid=jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.offset)),
+        offset=cache.offset + count.max().astype(jnp.int32),
+    )
+
+
+def _attend_prefix(cache: KVCache, layer, q: jax.Array, own: Keys) -> jax.Array:
+    """Attention over the shortest static prefix of the cache that holds all that is stored, and over the own block."""
+
+    def over(length):
+        past = Keys(read(cache.keys, layer, length), read(cache.values, layer, length), cache.valid[:, :length])
+        return attend(q, past, own)
+
+    if q.shape[2] == 1:  # one token: a branch costs more than it saves
+        return over(cache.capacity)
+    lengths = sorted({-(-cache.capacity // part) for part in PREFIXES})
+    index = sum((cache.offset > length).astype(jnp.int32) for length in lengths[:-1])
+    return jax.lax.switch(index, [lambda _, n=n: over(n) for n in lengths], None)

@@ -1,0 +1,47 @@
+"""Top-k with a static width and a traced count: every data-dependent choice is a mask over a fixed buffer."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Kept(NamedTuple):
+    """Chosen entries: the first `count` of `indices` are real and sorted; the rest point at entries not chosen."""
+
+    indices: jax.Array  # int32 [..., width]
+    count: jax.Array  # int32 [...]
+    mask: jax.Array  # bool [..., C]: which entries were chosen
+
+
+def ranks(*keys: jax.Array) -> jax.Array:
+    """The place [..., C] of each entry when sorted by the keys [..., C], largest first; ties go to the lower index."""
+    size = keys[0].shape[-1]
+    index = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, keys[0].ndim - 1)
+    # A bool key is sorted as an integer; negation turns "largest first" into lax.sort's ascending order.
+    ascending = [-key.astype(jnp.int32) if key.dtype == jnp.bool_ else -key for key in keys]
+    order = jax.lax.sort([*ascending, index], num_keys=len(keys), is_stable=True)[-1]
+    place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), order.shape)
+    return jax.lax.sort([order, place], num_keys=1)[-1]
+
+
+def top_k(
+    scores: jax.Array, count: jax.Array | int, width: int, *, valid: jax.Array | None = None, first: jax.Array | None = None
+) -> Kept:
+    """The `count` [...] best of scores [..., C], of those `valid` [..., C], in order of index, in a buffer of `width`.
+
+    Ties go to the lower index. `first` [..., C] (bool) marks entries that come before all others whatever their score.
+    """
+    if valid is None:
+        valid = jnp.ones(scores.shape, bool)
+    scores = jnp.where(valid, scores.astype(jnp.float32), -jnp.inf)
+    keys = (scores,) if first is None else (first & valid, scores)
+    count = jnp.minimum(jnp.asarray(count, jnp.int32), valid.sum(-1, dtype=jnp.int32))
+    mask = (ranks(*keys) < count[..., None]) & valid
+    return Kept(compact(mask, width), jnp.minimum(count, width), mask)
+
+
+def compact(mask: jax.Array, width: int) -> jax.Array:
+    """Indices int32 [..., width] that bring the True entries of mask [..., C] to the front, in order, then the others."""
+    index = jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
+    return jax.lax.sort([(~mask).astype(jnp.int32), index], num_keys=1, is_stable=True)[-1][..., :width]
