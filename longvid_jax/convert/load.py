@@ -157,8 +157,8 @@ def _without_first_axis(sharding: Sharding) -> Sharding:
 
 
 def _stored_dtype(source: Source, keys: tuple[str, ...]):
-    stored = jnp.result_type(*(DTYPES[source.tensors[key].dtype] for key in keys))
-    return jax.dtypes.canonicalize_dtype(stored)
+    stored = {source.tensors[key].dtype for key in keys}
+    return jnp.result_type(*(jax.dtypes.canonicalize_dtype(DTYPES[name]) for name in stored))
 
 
 def _source_key(source: Source, table: Table, path: str) -> str:
@@ -183,7 +183,7 @@ def _check_tied(source: Source, table: Table, assignments: list[Assignment]) -> 
     step = max(1, rows * SLAB_BYTES // max(1, source.tensors[copy].nbytes))
     if not same or any(
         not np.array_equal(source.read(copy, (at,)), source.read(original, (at,)), equal_nan=True)
-        for at in (slice(n, n + step) for n in range(0, rows, step))
+        for at in (slice(n, min(n + step, rows)) for n in range(0, rows, step))
     ):
         raise CheckpointError(
             f"{source.name}: {copy} differs from {original} although the config ties them; "

@@ -40,14 +40,14 @@ class Leaf:
 
 def leaves(module) -> list[Leaf]:
     """The arrays of a module (or of its jax.eval_shape), in the order of jax.tree.leaves."""
-    variables, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    found, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=lambda node: isinstance(node, nnx.Param))
     named = []
-    for keys, variable in variables:
+    for keys, value in found:
         segments = [_segment(key) for key in keys]
         stacked = any(
             name in STACKS and not following.isdigit() for name, following in zip(segments, segments[1:], strict=False)
         )
-        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        value = value.get_value() if isinstance(value, nnx.Param) else value
         named.append(Leaf("/".join(segments), value, stacked))
     return named
 
