@@ -12,11 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from longvid_jax.convert.ops import Op
 from longvid_jax.convert.paths import Leaf, leaves
-from longvid_jax.convert.source import Source
+from longvid_jax.convert.source import DTYPES, Source
 from longvid_jax.convert.tables import Table
 from longvid_jax.errors import CheckpointError
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 SLAB_BYTES = 1 << 24
 
 
@@ -51,13 +50,11 @@ def plan(source: Source, module, table: Table) -> list[Assignment]:
             faults.append(f"{key}: would fill {path} again, after {filled[path]}; keep one")
         else:
             filled[path] = key
-            if (expected := op.source_shape(wanted[path].part_shape)) != info.shape:
-                shapes = (
-                    f"has the shape {list(info.shape)}, the config needs {list(expected or wanted[path].part_shape)}"
-                )
-                faults.append(f"{key}: {shapes}")
-            if info.dtype not in DTYPES:
-                faults.append(f"{key}: is stored as {info.dtype}; only {', '.join(DTYPES)} are read")
+            shape = wanted[path].part_shape
+            if (expected := op.source_shape(shape)) != info.shape:
+                faults.append(f"{key}: has the shape {list(info.shape)}, the config needs {list(expected or shape)}")
+        if path is not None and info.dtype not in DTYPES:
+            faults.append(f"{key}: is stored as {info.dtype}; only {', '.join(DTYPES)} are read")
     missing = {path: _source_key(source, table, path) for path in wanted if path not in filled}
     for key in unknown:
         near = difflib.get_close_matches(key, missing.values(), n=1, cutoff=0.8)
@@ -92,9 +89,8 @@ def fill(
     _check_tied(source, table, assignments)
     if shardings is None:
         here = SingleDeviceSharding(jax.local_devices()[0])
-        arrays = [_array(source, item, dtype, here) for item in assignments]
-    else:
-        arrays = [_array(source, item, dtype, shardings(item.leaf.path, item.leaf.value.shape)) for item in assignments]
+        shardings = lambda path, shape: here  # noqa: E731
+    arrays = [_array(source, item, dtype, shardings(item.leaf.path, item.leaf.value.shape)) for item in assignments]
     return jax.tree.unflatten(jax.tree.structure(module), arrays)
 
 
@@ -117,14 +113,13 @@ def _finite(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 def _array(source: Source, item: Assignment, dtype, sharding: Sharding) -> jax.Array:
     shape = item.leaf.value.shape
-    dtype = dtype or _stored_dtype(source, item.keys)
+    dtype = _stored_dtype(source, item.keys) if dtype is None else dtype
     if not item.leaf.stacked:
         return _tensor(source, item.keys[0], item.op, shape, dtype, sharding)
     layer_sharding, put = _without_first_axis(sharding), _put(sharding)
     stack = jnp.zeros(shape, dtype, device=sharding)
     for n, key in enumerate(item.keys):
-        stack = put(stack, _tensor(source, key, item.op, shape[1:], dtype, layer_sharding), n)
-        stack.block_until_ready()  # else layers would queue up in host memory
+        stack = put(stack, _tensor(source, key, item.op, shape[1:], dtype, layer_sharding), n).block_until_ready()
     return stack
 
 
@@ -144,7 +139,8 @@ def _tensor(source: Source, key: str, op: Op, shape, dtype, sharding: Sharding) 
             parts[bounds] = op.read(partial(source.read, key), index).astype(dtype, copy=False)
         return parts[bounds]
 
-    return jax.make_array_from_callback(tuple(shape), sharding, part, dtype=dtype)
+    # Waits, or tensors on their way to the devices would pile up in host memory.
+    return jax.make_array_from_callback(tuple(shape), sharding, part, dtype=dtype).block_until_ready()
 
 
 def _without_first_axis(sharding: Sharding) -> Sharding:
@@ -183,7 +179,7 @@ def _check_tied(source: Source, table: Table, assignments: list[Assignment]) -> 
     step = max(1, rows * SLAB_BYTES // max(1, source.tensors[copy].nbytes))
     if not same or any(
         not np.array_equal(source.read(copy, (at,)), source.read(original, (at,)), equal_nan=True)
-        for at in (slice(n, min(n + step, rows)) for n in range(0, rows, step))
+        for at in (slice(n, n + step) for n in range(0, rows, step))
     ):
         raise CheckpointError(
             f"{source.name}: {copy} differs from {original} although the config ties them; "

@@ -58,7 +58,7 @@ def _tensors(module, table: Table, dtype) -> dict[str, Tensor]:
             if found is None:
                 raise CheckpointError(f"the parameter {path} has no name in the Hugging Face layout.")
             key, op = found
-            kept = np.dtype(dtype or leaf.value.dtype)
+            kept = np.dtype(leaf.value.dtype if dtype is None else dtype)
             if kept not in NAMES:
                 raise CheckpointError(f"{path} is {kept.name}; only float32, float16 and bfloat16 are written.")
 

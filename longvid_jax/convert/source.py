@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # noqa: F401 - gives NumPy the name "bfloat16", by which safetensors asks for it
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -16,6 +16,8 @@ from longvid_jax.errors import CheckpointError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # weights, configs, tokenizer, chat template
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MAX_HEADER = 100_000_000  # bytes, the format's own limit
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 Index = tuple[slice, ...]
 
 
@@ -27,41 +29,33 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
+    offset: int  # of the first byte in the file
 
 
 class Source:
-    """An open checkpoint: `.name` as it was asked for, its folder `.path`, `.config`, and `.tensors` by key."""
+    """A checkpoint whose headers have been read.
+
+    `.name` as it was asked for, its folder `.path`, its `.config`, and `.tensors` by key.
+    """
 
     def __init__(self, name: str, path: Path):
         self.name, self.path = name, path
         self.config = _json(path / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
-        self._files: dict[Path, safe_open] = {}
         for file in _weight_files(path):
-            self._open(file)
+            _check(file)
+            for key, info in _header(file).items():
+                if key in self.tensors:
+                    raise CheckpointError(
+                        f"{file}: the tensor {key} is also in {self.tensors[key].file.name}; keep one."
+                    )
+                self.tensors[key] = info
 
     def read(self, key: str, index: Index = ()) -> np.ndarray:
-        """The tensor `key`, or only the part of it that `index`, slices of its leading axes, picks."""
+        """The tensor `key` (of a type in DTYPES), or only what `index`, slices of its leading axes, picks of it."""
         info = self.tensors[key]
-        try:
-            part = self._files[info.file].get_slice(key)
-            return part[index] if index else part[...]
-        except (SafetensorError, AttributeError, OSError) as error:
-            raise CheckpointError(f"{info.file}: the tensor {key} ({info.dtype}) cannot be read ({error}).") from error
-
-    def _open(self, file: Path) -> None:
-        try:
-            # pread rather than mmap: pages of a mapped file count as this process's memory.
-            opened = safe_open(file, framework="numpy", backend="pread")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: {_diagnose(file) or error}; fetch this file again.") from error
-        sizes = {name: end - start for name, (start, end) in _offsets(file).items()}
-        for key in opened.keys():
-            if key in self.tensors:
-                raise CheckpointError(f"{file}: the tensor {key} is also in {self.tensors[key].file.name}; keep one.")
-            part = opened.get_slice(key)
-            self.tensors[key] = TensorInfo(file, tuple(part.get_shape()), part.get_dtype(), sizes[key])
-        self._files[file] = opened
+        # Mapped for this one read: the pages of a file that stays mapped would count as memory of the process.
+        return np.array(np.memmap(info.file, DTYPES[info.dtype], "r", info.offset, info.shape)[index])
 
 
 def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
@@ -134,7 +128,7 @@ def _indexed_files(index: Path) -> list[Path]:
     if absent := [name for name in names if not (index.parent / name).exists()]:
         raise CheckpointError(f"{index} names files that are absent: {', '.join(absent)}; fetch them.")
     for name in names:
-        present = _offsets(index.parent / name)  # {} where the header is damaged; opening it will say so
+        present = _header(index.parent / name)  # {} where the header is damaged; opening it will say so
         if lost := sorted(key for key, file in where.items() if file == name and key not in present and present):
             raise CheckpointError(
                 f"{name} does not hold {', '.join(lost)}, which {index} places there; fetch both again."
@@ -142,27 +136,32 @@ def _indexed_files(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _offsets(file: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor's bytes begin and end, counted from the end of the header; {} if that cannot be read."""
+def _check(file: Path) -> None:
+    """Raises CheckpointError unless the safetensors library finds the file whole."""
+    try:
+        safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        size, cut = file.stat().st_size, _header(file)
+        cut = {key: info for key, info in cut.items() if info.offset + info.nbytes > size}
+        cause = str(error)
+        if cut:
+            promised = max(info.offset + info.nbytes for info in cut.values())
+            first = min(cut, key=lambda key: cut[key].offset)
+            cause = f"truncated at byte {size:,} of {promised:,}, within the tensor {first}"
+        raise CheckpointError(f"{file}: {cause}; fetch this file again.") from error
+
+
+def _header(file: Path) -> dict[str, TensorInfo]:
+    """What the header of a file says, even of a truncated one; {} if it cannot be read."""
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > 100_000_000:  # the format's own limit
-                return {}
-            header = json.loads(stream.read(length))
-        return {key: tuple(entry["data_offsets"]) for key, entry in header.items() if key != "__metadata__"}
+            entries = json.loads(stream.read(min(length, MAX_HEADER)))
+        entries.pop("__metadata__", None)
+        return {
+            key: TensorInfo(file, tuple(entry["shape"]), entry["dtype"], end - start, 8 + length + start)
+            for key, entry in entries.items()
+            for start, end in [entry["data_offsets"]]
+        }
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, OSError):
         return {}
-
-
-def _diagnose(file: Path) -> str | None:
-    """Says which tensor is cut off where the header of a truncated file can still be read."""
-    if not (offsets := _offsets(file)):
-        return None
-    with open(file, "rb") as stream:
-        start = 8 + struct.unpack("<Q", stream.read(8))[0]
-    size, promised = file.stat().st_size, start + max(end for _, end in offsets.values())
-    if size >= promised:
-        return None
-    first = min((key for key in offsets if start + offsets[key][1] > size), key=offsets.get)
-    return f"truncated at byte {size:,} of {promised:,}, within the tensor {first}"
