@@ -131,13 +131,13 @@ class Decoder(nnx.Module):
         valid: jax.Array,
         cache: kv_cache.KVCache | None = None,
         *,
-        contiguous: bool = False,
+        follow: str | None = None,
         select: kv_cache.Select | None = None,
     ) -> tuple[jax.Array, kv_cache.KVCache | None]:
         """Hidden states [B, N, width] of embeddings x [B, N, width] at positions int32 [B, N, A], and the cache.
 
         valid bool [B, N]. Without a cache this is plain causal attention. With one, the tokens also attend to all that it
-        holds and are stored in it (see ops.kv_cache.attention for `contiguous` and `select`); the caller then moves the
+        holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
         cache on with ops.kv_cache.advance.
         """
         rope = self.config.rope
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
                 context = attend(rope(q, positions), Keys(rope(k, positions), v, valid, causal=True))
             else:
                 context, cache = kv_cache.attention(
-                    cache, index, q, k, v, positions=positions, valid=valid, rope=rope, contiguous=contiguous, select=select
+                    cache, index, q, k, v, positions=positions, valid=valid, rope=rope, follow=follow, select=select
                 )
             x = x + layer.attention.output(context)
             return x + layer.mlp(layer.mlp_norm(x)), cache

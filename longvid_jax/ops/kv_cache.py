@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from longvid_jax.ops.attention import Keys, attend
 from longvid_jax.ops.rope import Rope
@@ -47,8 +48,9 @@ class Block(NamedTuple):
     source: jax.Array  # int32 [B, N]
 
 
-# Chooses what is stored: select(q, k, v, positions, rope) with unrotated q [B, H, N, D] and k, v [B, K, N, D] -> Block.
-Select = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Rope], Block]
+# Chooses what is stored: select(q, k, v, positions, rope), with q [B, H, N, D] and k, v [B, K, N, D] not rotated yet, gives a
+# Block and how many of its entries are real, int32 [B].
+Select = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Rope], tuple[Block, jax.Array]]
 
 
 def empty(
@@ -119,23 +121,24 @@ def attention(
     positions: jax.Array,
     valid: jax.Array,
     rope: Rope,
-    contiguous: bool = False,
+    follow: str | None = None,
     select: Select | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """One layer's attention of a block of tokens over the cache and, causally, over itself; then the block is stored.
 
     q [B, H, N, D] and k, v [B, K, N, D] are not rotated yet; positions int32 [B, N, A]; valid bool [B, N], valid tokens first.
-    `contiguous` moves the first position axis so that the block follows the layer's last stored token (ReTaKe's re-forged
-    positions, arXiv 2412.20504 section 3.3). `select` decides what is stored; without it everything is. `valid` and `offset`
+    `follow` moves the block behind the layer's last stored token, which compression may have moved (ReTaKe's re-forged positions,
+    arXiv 2412.20504 section 3.3): "time" along the first position axis only, "all" along all. `select` decides what is stored; without it everything is. `valid` and `offset`
     of the cache move once for all layers, with `advance`.
     """
-    if contiguous:
-        shift = cache.last[layer] + 1 - positions[:, 0, 0]
-        positions = positions.at[..., 0].add(shift[:, None])
+    if follow is not None:
+        shift = (cache.last[layer] + 1 - positions[:, 0, 0])[:, None, None]
+        moved = np.arange(positions.shape[-1]) < (1 if follow == "time" else positions.shape[-1])
+        positions = positions + shift * moved
     rotated_q, rotated_k = rope(q, positions), rope(k, positions)
     context = _attend_prefix(cache, layer, rotated_q, Keys(rotated_k, v, valid, causal=True))
     if select is None:
-        source = jnp.full(valid.shape, -1, jnp.int32)
+        source = jnp.where(valid, jnp.arange(valid.shape[1]), -1)
         block, count = Block(rotated_k, v, positions, source), valid.sum(-1, dtype=jnp.int32)
     else:
         block, count = select(q, k, v, positions, rope)

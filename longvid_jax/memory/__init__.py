@@ -1,0 +1,1 @@
+"""The papers' mechanisms as functions of arrays and callables."""

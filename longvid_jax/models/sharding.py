@@ -1,0 +1,31 @@
+"""How parameters lie on a mesh: one table of path patterns, read from the top."""
+
+import re
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from longvid_jax.ops.sharding import divisible
+
+# Kernels are [in, out]: maps into heads or hidden units split their output over `tensor`, maps back split their input.
+TABLE = (
+    (r"(attention/(q|k|v|qkv)|mlp/(gate|up|fc1)|merger/fc1|lm_head)/kernel", PartitionSpec("fsdp", "tensor")),
+    (r"(attention/(o|proj)|mlp/(down|fc2)|merger/fc2)/kernel", PartitionSpec("tensor", "fsdp")),
+    (r"attention/(q|k|v)/bias|(attention/qkv|mlp/fc1|merger/fc1)/bias", PartitionSpec("tensor")),
+    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"patch_embed/kernel", PartitionSpec(None, "fsdp")),
+    (r"(norm|norm1|norm2|attention_norm|mlp_norm)/(scale|bias)|bias", PartitionSpec()),
+)
+
+
+def parameter_spec(path: str, rank: int) -> PartitionSpec:
+    """The axes of the parameter at a path such as text/layers/mlp/up/kernel; a stack's layer axis stays whole."""
+    for pattern, spec in TABLE:
+        if re.search(rf"(^|/)({pattern})$", path):
+            width = 1 if path.endswith(("scale", "bias")) else 2
+            return PartitionSpec(*[None] * (rank - width), *spec)
+    raise KeyError(f"no sharding is given for the parameter {path}")
+
+
+def parameter_sharding(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
+    """Where the parameter lies on the mesh; axes that do not divide it are left out."""
+    return NamedSharding(mesh, divisible(mesh, parameter_spec(path, len(shape)), shape))

@@ -1,0 +1,81 @@
+"""What a system gives back: answers, raw outputs, and an account of what the memory did."""
+
+import dataclasses
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from longvid_jax.memory.state import Chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a memory saw and kept. Arrays stay on the device until they are read. L layers, B batch."""
+
+    frames: np.ndarray  # int [B] frames watched
+    tokens: np.ndarray  # int [B] video tokens they became
+    cache_length: np.ndarray  # int [B] tokens of text and video in each layer's cache when the answer began
+    cache_bytes: int  # what the keys and values of those tokens take, all layers and rows together
+    cache_bytes_uncompressed: int  # the same had nothing been dropped
+    cache_capacity: int  # tokens a row that are allocated
+    chunks: tuple[Chunk, ...]
+    source: jax.Array | tuple[jax.Array, ...]  # the cache's record of which tokens of a chunk it holds
+    seconds: dict[str, float] | None = None  # a stage, where asked for with profile=True
+
+    @cached_property
+    def kept(self) -> list[list[np.ndarray]]:
+        """kept[layer][chunk] int [B, kept]: sorted indices within the chunk; a row with fewer ends in -1."""
+        layers = [np.asarray(layer)[..., 0] for layer in self.source]
+        spans = [(int(chunk.offset), int(chunk.offset) + int(chunk.kept.max())) for chunk in self.chunks]
+        return [[layer[:, start:end] for start, end in spans] for layer in layers]
+
+    @property
+    def kept_count(self) -> np.ndarray:
+        """kept_count[layer][chunk] int [B]: how many of kept[layer][chunk] are real."""
+        return np.stack([np.stack([chunk.kept for chunk in self.chunks])] * len(self.source)) if self.chunks else np.zeros(0)
+
+    @cached_property
+    def times(self) -> np.ndarray:
+        """float [B, T] seconds: when each temporal patch that the decoder read begins; NaN behind the end of a shorter row."""
+        return self._along_video("times")
+
+    @cached_property
+    def keyframes(self) -> np.ndarray | None:
+        """float [B, T]: the share of each temporal patch that DPSelect marked as a peak; None where it did not run."""
+        return self._along_video("peaks")
+
+    @cached_property
+    def change(self) -> np.ndarray | None:
+        """float [B, T]: DPSelect's distance of each temporal patch to its predecessor; None where it did not run."""
+        return self._along_video("change")
+
+    def _along_video(self, field: str) -> np.ndarray | None:
+        """A field of the chunks side by side, without the padding that no row uses."""
+        if any(getattr(chunk, field) is None for chunk in self.chunks):
+            return None
+        parts = [np.zeros((len(self.frames), 0))]
+        for chunk in self.chunks:
+            part = np.asarray(getattr(chunk, field))
+            real = np.arange(part.shape[1]) < chunk.patches[:, None]
+            parts.append(np.where(real, part, np.nan)[:, : int(chunk.patches.max())])
+        return np.concatenate(parts, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer in words; lists for a batch."""
+
+    text: str | list[str]
+    tokens: np.ndarray  # int [B, n] new tokens; behind a row's stop token 0
+    trace: Trace
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What `generate` gives. The cache is there if asked for."""
+
+    tokens: np.ndarray  # int [B, n] new tokens; behind a row's stop token 0
+    logits: jax.Array  # float32 [B, n, V] from which they were chosen
+    trace: Trace
+    cache: object | None = None
