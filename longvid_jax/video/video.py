@@ -54,6 +54,7 @@ class Video:
         give more.
       sampler: "fps" (by time), "linspace", "qwen", "retake", "vlmevalkit", "lvb", "mid" or "moviechat"; see `sampling`.
       native_fps: rate of a folder's images or an array's frames; files know theirs.
+      long_side: pixels of the longer side at which a model looks at it (ReTaKe's rule); None leaves it to the model's own.
 
     Raises:
       VideoError: the source cannot be opened, holds no video, or (once frames are asked for) nothing in it decodes.
@@ -68,11 +69,14 @@ class Video:
         max_frames: int | None = None,
         sampler: str = "fps",
         native_fps: float = 1.0,
+        long_side: int | None = None,
     ):
         check_options(sampler, fps, max_frames)
+        if long_side is not None and not (isinstance(long_side, numbers.Integral) and long_side >= 1):
+            raise OptionError(f"long_side is {long_side!r}, expected a whole number of pixels of at least 1.")
         if not (isinstance(native_fps, numbers.Real) and 0 < native_fps < float("inf")):
             raise OptionError(f"native_fps is {native_fps!r}, expected a number of frames a second above 0.")
-        self.fps, self.max_frames, self.sampler = fps, max_frames, sampler
+        self.fps, self.max_frames, self.sampler, self.long_side = fps, max_frames, sampler, long_side
         self.report: Report | None = None
         if isinstance(source, (str, os.PathLike)):
             self.name = os.fspath(source)
