@@ -15,6 +15,7 @@ class Trace:
 
     frames: np.ndarray  # int [B] frames watched
     tokens: np.ndarray  # int [B] video tokens they became
+    grid: tuple[int, int]  # rows and columns of tokens in a temporal patch
     cache_length: np.ndarray  # int [B] tokens of text and video in each layer's cache when the answer began
     cache_bytes: int  # what the keys and values of those tokens take, all layers and rows together
     cache_bytes_uncompressed: int  # the same had nothing been dropped

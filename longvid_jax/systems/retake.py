@@ -68,6 +68,8 @@ class ReTaKe:
             raise OptionError(f"yarn_factor is {self.yarn_factor}, but must be at least 1.")
 
 
+MAX_NEW_TOKENS = 128
+
 # The plain model: the same chunks, nothing scored, nothing dropped, no position moved.
 PLAIN = ReTaKe(keep_ratio=1.0, dpselect=None, reforge=False)
 
@@ -149,7 +151,7 @@ class RetakeModel:
         memory: RetakeMemory,
         instruction: str | Sequence[str] | None = None,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -180,6 +182,9 @@ class RetakeModel:
         questions = [instruction] if isinstance(instruction, str) else list(instruction)
         if not questions or (batched and len(questions) != len(videos)):
             raise PromptError(f"{len(questions)} questions for {len(videos)} videos: give one question a video.")
+        _check_decoding(**decoding)  # what is wrong with a question is found before hours of video are watched
+        for each in questions:
+            self._reader.check_length(*map(len, self._prompt(each)), decoding.get("max_new_tokens", MAX_NEW_TOKENS))
         if self._reader.method.prompt_guided and len(questions) > 1 and not batched:
             return [self.ask(video, each, profile=profile, progress=progress, **decoding) for each in questions]
         seconds = {} if profile else None
@@ -208,7 +213,7 @@ class RetakeModel:
         pixel_values=None,
         image_grid_thw=None,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -326,16 +331,13 @@ class RetakeModel:
         memory: RetakeMemory,
         text: np.ndarray,
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int = MAX_NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         keep_logits: bool = False,
     ) -> tuple[Generated, Trace]:
-        if max_new_tokens < 1:
-            raise OptionError(f"max_new_tokens is {max_new_tokens}, but must be at least 1.")
-        if temperature < 0 or not 0 < top_p <= 1:
-            raise OptionError(f"temperature {temperature} must be 0 or more and top_p {top_p} above 0 and at most 1.")
+        _check_decoding(max_new_tokens, temperature, top_p)
         out, length = self._reader.answer(
             memory,
             text,
@@ -353,6 +355,7 @@ class RetakeModel:
         return out, Trace(
             frames=memory.frames,
             tokens=seen,
+            grid=tuple(memory.grid.tolist()),
             cache_length=length,
             cache_bytes=int(length.sum()) * token_bytes,
             cache_bytes_uncompressed=int((length - stored + seen).sum()) * token_bytes,
@@ -360,6 +363,17 @@ class RetakeModel:
             chunks=memory.chunks,
             source=cache.source,
         )
+
+
+def _check_decoding(
+    max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+) -> None:
+    if max_new_tokens < 1:
+        raise OptionError(f"max_new_tokens is {max_new_tokens}, but must be at least 1.")
+    if not temperature >= 0:
+        raise OptionError(f"temperature is {temperature}, but must be 0 (greedy) or more.")
+    if not 0 < top_p <= 1:
+        raise OptionError(f"top_p is {top_p}, but must be above 0 and at most 1.")
 
 
 def _join(waiting: Waiting | None, frames: Frames) -> Waiting:

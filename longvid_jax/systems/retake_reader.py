@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longvid_jax.errors import PromptError
 from longvid_jax.generate import Generated
 from longvid_jax.memory.dpselect import Lookback
 from longvid_jax.memory.state import Chunk, Pending, RetakeMemory
@@ -89,8 +90,9 @@ class Reader:
 
         Returns what was generated, and int [B] how many tokens each row's cache then held before its answer.
         """
-        memory = self._with_room(memory, text.shape[1] + max_new_tokens)
         length, seen = (text >= 0).sum(1), memory.read + memory.dropped
+        self.check_length(int(memory.start.max()), int(length.max()), max_new_tokens, int(self._span(memory).max()))
+        memory = self._with_room(memory, text.shape[1] + max_new_tokens)
         # M-RoPE: text goes on behind the largest position of the video on any axis (ids of dropped patches are taken back).
         start = memory.start + np.where(seen > 0, np.maximum(seen, memory.grid.max()), 0) - memory.dropped
         cache, logits = steps.read_text(self.model, memory.cache, text, start, static=self.static)
@@ -148,6 +150,16 @@ class Reader:
         line = Chunk(np.array(memory.offset), patches, kept, chunk.times, chunk.share, chunk.change)
         return dataclasses.replace(memory, cache=cache, read=memory.read + patches, chunks=(*memory.chunks, line))
 
+    def check_length(self, before: int, behind: int, max_new_tokens: int, video: int = 0) -> None:
+        """Raises PromptError where text, video (positions in time) and answer reach further than the model counts positions."""
+        rope = self.model.config.text.rope
+        limit = int(rope.original_length * rope.factor)
+        if before + video + behind + max_new_tokens > limit:
+            raise PromptError(
+                f"The prompt is too long: {before + behind} tokens of text, {video} temporal patches of video and {max_new_tokens} "
+                f"new tokens exceed the model's {limit} positions; shorten the question, sample fewer frames, or use yarn_factor."
+            )
+
     # --- counts, on the host ------------------------------------------------------------------------------------------------
 
     def _ratio(self, memory: RetakeMemory) -> np.ndarray:
@@ -162,6 +174,14 @@ class Reader:
         """int [B]: how many tokens stay of a chunk of `patches` [B] temporal patches."""
         total = patches * int(memory.grid.prod())
         return np.where(total > 0, np.maximum(1, (self._ratio(memory) * total).astype(np.int64)), 0)
+
+    def _span(self, memory: RetakeMemory) -> np.ndarray:
+        """int [B]: at most so many positions in time the video takes; compressed chunks move together."""
+        if not (self.static.compress and self.static.reforge):
+            return memory.read + memory.dropped
+        tokens = int(memory.grid.prod())
+        spans = [(c.patches - 1) * c.kept // np.maximum(c.patches * tokens, 1) + 1 for c in memory.chunks]
+        return sum(spans, np.zeros_like(memory.start))
 
     def _let_through(self, patches: np.ndarray) -> np.ndarray:
         """How many temporal patches DPSelect lets through; halves go to the even number, as the authors' round() does."""
