@@ -109,13 +109,15 @@ def stream_keyframes(
     features [T, N, D], of which a prefix `valid` [T] is real; `after` [N, D] is the patch that follows them, if has_after.
     Returns the lookback for the next call, the distances [T, N] or [T] and the peaks, bool of the same shape.
     """
-    ahead = jnp.concatenate([features, after[None].astype(features.dtype)])
+    index, count = jnp.arange(features.shape[0] + 1), valid.sum()
+    after = after[None].astype(features.dtype)
+    ahead = jnp.where((index == count)[:, None, None], after, jnp.concatenate([features, after]))
     distance = distances(ahead, lookback.features, lookback.started, per_patch=per_patch)
-    real = jnp.concatenate([valid, has_after[None]])
+    real = index < count + has_after
     distance = jnp.where(_along(real, distance), distance, -jnp.inf)
     before = jnp.where(lookback.started, lookback.distance, -jnp.inf)
-    peak = peaks(jnp.concatenate([before[None], distance]))[1:-1]
-    last = jnp.maximum(valid.sum() - 1, 0)
+    peak = peaks(jnp.concatenate([before[None], distance]))[1:-1] & _along(valid, distance)
+    last = jnp.maximum(count - 1, 0)
     moved = Lookback(features[last].astype(lookback.features.dtype), distance[last], jnp.bool_(True))
     lookback = jax.tree.map(lambda new, old: jnp.where(valid.any(), new, old), moved, lookback)
     return lookback, distance[:-1], peak

@@ -34,7 +34,8 @@ def top_k(
     """
     if valid is None:
         valid = jnp.ones(scores.shape, bool)
-    scores = jnp.where(valid, scores.astype(jnp.float32), -jnp.inf)
+    lowest = jnp.finfo(jnp.float32).min  # a valid entry of -inf still comes before those that are not valid
+    scores = jnp.where(valid, jnp.maximum(scores.astype(jnp.float32), lowest), -jnp.inf)
     keys = (scores,) if first is None else (first & valid, scores)
     count = jnp.minimum(jnp.asarray(count, jnp.int32), valid.sum(-1, dtype=jnp.int32))
     mask = (ranks(*keys) < count[..., None]) & valid
