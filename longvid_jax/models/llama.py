@@ -26,6 +26,7 @@ class DecoderConfig:
     ff_width: int
     norm_eps: float
     qkv_bias: bool
+    o_bias: bool
     tied: bool
     rope: Rope
 
@@ -38,6 +39,9 @@ class DecoderConfig:
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act is '{activation}', but this decoder has only 'silu'.")
+        if config.get("use_sliding_window"):
+            raise CheckpointError("config.json: use_sliding_window is true, but this decoder attends to all of the past.")
+        is_llama, has_bias = config.get("model_type") == "llama", config.get("attention_bias", False)
         return cls(
             vocab_size=_field(config, "vocab_size"),
             width=width,
@@ -46,7 +50,8 @@ class DecoderConfig:
             kv_heads=config.get("num_key_value_heads") or heads,
             ff_width=_field(config, "intermediate_size"),
             norm_eps=_field(config, "rms_norm_eps"),
-            qkv_bias=config.get("attention_bias", False) if config.get("model_type") == "llama" else True,
+            qkv_bias=has_bias if is_llama else True,
+            o_bias=has_bias if is_llama else False,
             tied=config.get("tie_word_embeddings", False),
             rope=_rope(config, config.get("head_dim") or width // heads),
         )
@@ -60,7 +65,7 @@ class Attention(nnx.Module):
         self.q = Linear(config.width, config.heads * head, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.k = Linear(config.width, config.kv_heads * head, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
         self.v = Linear(config.width, config.kv_heads * head, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o = Linear(config.heads * head, config.width, bias=False, dtype=dtype, rngs=rngs)
+        self.o = Linear(config.heads * head, config.width, bias=config.o_bias, dtype=dtype, rngs=rngs)
         self.head_dim = head
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -194,6 +199,9 @@ def _rope(config: dict, head_dim: int) -> Rope:
         raise CheckpointError(
             f"config.json: rope_scaling is of type '{kind}', but only default, mrope, linear and yarn are known."
         )
+    for name, plain in (("truncate", True), ("mscale", None), ("mscale_all_dim", None), ("partial_rotary_factor", 1.0)):
+        if scaling.get(name) not in (None, plain):
+            raise CheckpointError(f"config.json: rope_scaling has {name} {scaling[name]}, which this decoder does not know.")
     sections = scaling.get("mrope_section")
     return Rope(
         head_dim=head_dim,
@@ -202,7 +210,7 @@ def _rope(config: dict, head_dim: int) -> Rope:
         scaling=kind if kind in ("linear", "yarn") else None,
         factor=float(scaling.get("factor", 1.0)),
         original_length=scaling.get("original_max_position_embeddings") or config.get("max_position_embeddings", 32768),
-        beta_fast=float(scaling.get("beta_fast", 32)),
-        beta_slow=float(scaling.get("beta_slow", 1)),
+        beta_fast=float(scaling.get("beta_fast") or 32),
+        beta_slow=float(scaling.get("beta_slow") or 1),
         attention_factor=scaling.get("attention_factor"),
     )

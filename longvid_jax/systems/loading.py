@@ -62,4 +62,6 @@ def _tokenizer(folder):
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise CheckpointError(f"{folder}: its tokenizer cannot be read ({error}); fetch tokenizer.json again.") from error
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be read ({error}); fetch tokenizer.json again."
+        ) from error

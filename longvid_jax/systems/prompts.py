@@ -32,18 +32,28 @@ def split(input_ids, attention_mask, mm_token_type_ids, video_grid_thw, settings
         raise PromptError(f"input_ids has the shape {list(input_ids.shape)}, but must be [batch, length].")
     mask = np.ones(input_ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
     if mask.shape != input_ids.shape:
-        raise PromptError(f"attention_mask has the shape {list(mask.shape)}, but input_ids has {list(input_ids.shape)}.")
+        raise PromptError(
+            f"attention_mask has the shape {list(mask.shape)}, but input_ids has {list(input_ids.shape)}."
+        )
     is_video = (input_ids == settings.video_token) & mask
     if mm_token_type_ids is not None and not np.array_equal((np.asarray(mm_token_type_ids) == 2) & mask, is_video):
-        raise PromptError("mm_token_type_ids marks other tokens as video (type 2) than those with the video token's id.")
+        raise PromptError(
+            "mm_token_type_ids marks other tokens as video (type 2) than those with the video token's id."
+        )
     if settings.image_token is not None and (input_ids == settings.image_token)[mask].any():
         raise PromptError(f"input_ids holds the image token {settings.image_token}, but only videos can be watched.")
     grids = np.zeros((len(input_ids), 3), int) if video_grid_thw is None else np.asarray(video_grid_thw)
     if grids.shape != (len(input_ids), 3):
-        raise PromptError(f"video_grid_thw has the shape {list(grids.shape)}, but must be [{len(input_ids)}, 3]: one video a row.")
+        raise PromptError(
+            f"video_grid_thw has the shape {list(grids.shape)}, but must be [{len(input_ids)}, 3]: one video a row."
+        )
     if len({tuple(grid[1:]) for grid in grids}) > 1:
-        raise PromptError("The videos of one batch must have one frame size (video_grid_thw[:, 1:]); generate for them one by one.")
-    return [_row(ids[keep].tolist(), grid, settings, merge) for ids, keep, grid in zip(input_ids, mask, grids, strict=True)]
+        raise PromptError(
+            "The videos of one batch must have one frame size (video_grid_thw[:, 1:]); generate for them one by one."
+        )
+    return [
+        _row(ids[keep].tolist(), grid, settings, merge) for ids, keep, grid in zip(input_ids, mask, grids, strict=True)
+    ]
 
 
 def _row(ids: list[int], grid: np.ndarray, settings: Settings, merge: int) -> Row:

@@ -34,7 +34,11 @@ class Trace:
     @property
     def kept_count(self) -> np.ndarray:
         """kept_count[layer][chunk] int [B]: how many of kept[layer][chunk] are real."""
-        return np.stack([np.stack([chunk.kept for chunk in self.chunks])] * len(self.source)) if self.chunks else np.zeros(0)
+        return (
+            np.stack([np.stack([chunk.kept for chunk in self.chunks])] * len(self.source))
+            if self.chunks
+            else np.zeros(0)
+        )
 
     @cached_property
     def times(self) -> np.ndarray:

@@ -18,10 +18,11 @@ from longvid_jax.memory.state import RetakeMemory, Waiting, fork
 from longvid_jax.models.qwen2_vl import Qwen2VL
 from longvid_jax.systems import chat, prompts
 from longvid_jax.systems import retake_steps as steps
-from longvid_jax.systems.retake_reader import Reader, pad_text
 from longvid_jax.systems.results import Answer, Output, Trace
+from longvid_jax.systems.retake_reader import Reader, pad_text
 from longvid_jax.systems.settings import Settings
 from longvid_jax.video import Frames, Video, preprocess, stream_batch
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReTaKe:
@@ -49,13 +50,17 @@ class ReTaKe:
 
     def __post_init__(self):
         if (self.keep_ratio is None) == (self.budget is None):
-            raise OptionError("ReTaKe takes exactly one of keep_ratio and budget; give keep_ratio=0.25, say, or budget=32000.")
+            raise OptionError(
+                "ReTaKe takes exactly one of keep_ratio and budget; give keep_ratio=0.25, say, or budget=32000."
+            )
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise OptionError(f"keep_ratio is {self.keep_ratio}, but must be above 0 and at most 1.")
         if self.budget is not None and self.budget < 1:
             raise OptionError(f"budget is {self.budget}, but must be a positive number of tokens.")
         if self.chunk_frames < 2 or self.chunk_frames % 2:
-            raise OptionError(f"chunk_frames is {self.chunk_frames}, but must be even: two frames make a temporal patch.")
+            raise OptionError(
+                f"chunk_frames is {self.chunk_frames}, but must be even: two frames make a temporal patch."
+            )
         if self.dpselect not in (None, "frame", "patch"):
             raise OptionError(f"dpselect is {self.dpselect!r}, but must be 'frame', 'patch' or None.")
         if not 0 < self.dpselect_ratio <= 1:
@@ -104,7 +109,9 @@ class RetakeModel:
         videos = [video] if isinstance(video, Video) else list(video)
         sizes = {self.frame_size(video) for video in videos}
         if len(sizes) > 1:
-            raise OptionError(f"Videos of one batch must have one frame size, not {sorted(sizes)}; watch them one by one.")
+            raise OptionError(
+                f"Videos of one batch must have one frame size, not {sorted(sizes)}; watch them one by one."
+            )
         return stream_batch(videos, self.window, sizes.pop())
 
     def begin(
@@ -161,7 +168,9 @@ class RetakeModel:
         Another `instruction` than begin's is an InstructionError where compression was guided by the prompt.
         """
         finished = self._finish(fork(memory))
-        return self._answer(finished, instruction, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return self._answer(
+            finished, instruction, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
 
     def ask(
         self,
@@ -177,7 +186,9 @@ class RetakeModel:
         A list of videos with a list of questions makes a batch. profile=True measures the seconds of each stage (and makes
         them wait for each other); progress(frames) is called after each window; decoding options as for `answer`.
         """
-        batched = not isinstance(video, Video | str) and not hasattr(video, "__fspath__") and isinstance(video, Sequence)
+        batched = (
+            not isinstance(video, Video | str) and not hasattr(video, "__fspath__") and isinstance(video, Sequence)
+        )
         videos = [each if isinstance(each, Video) else Video(each) for each in (video if batched else [video])]
         questions = [instruction] if isinstance(instruction, str) else list(instruction)
         if not questions or (batched and len(questions) != len(videos)):
@@ -233,7 +244,9 @@ class RetakeModel:
         with reader.on_mesh():
             memory = reader.begin([row.before for row in rows], [row.behind for row in rows], patches, rows[0].grid)
             if patches.any():
-                memory = self._look_at_patches(memory, prompts.windows(pixel_values_videos, rows, reader.length, self.model.config.vision))
+                memory = self._look_at_patches(
+                    memory, prompts.windows(pixel_values_videos, rows, reader.length, self.model.config.vision)
+                )
             out, trace = self._decode(
                 reader.finish(memory),
                 memory.prompt,
@@ -265,11 +278,15 @@ class RetakeModel:
         if size != (grid[0] * vision.patch * vision.merge, grid[1] * vision.patch * vision.merge) or (
             memory.grid.any() and grid != tuple(memory.grid)
         ):
-            raise OptionError(f"Frames of {size[1]}x{size[0]} do not fit this memory; take them from model.stream(video).")
+            raise OptionError(
+                f"Frames of {size[1]}x{size[0]} do not fit this memory; take them from model.stream(video)."
+            )
         with self._reader.on_mesh():
             features = steps.encode_frames(
                 self.model,
-                preprocess.fill_invalid(window.pixels, window.valid),  # a lone last frame makes a temporal patch with itself
+                preprocess.fill_invalid(
+                    window.pixels, window.valid
+                ),  # a lone last frame makes a temporal patch with itself
                 grid=(grid[0] * vision.merge, grid[1] * vision.merge),
                 mean=settings.mean,
                 std=settings.std,
@@ -311,7 +328,9 @@ class RetakeModel:
         if instruction is not None:
             instructions = [instruction] if isinstance(instruction, str) else list(instruction)
             if len(instructions) != len(memory.start):
-                raise PromptError(f"{len(instructions)} questions for a memory of {len(memory.start)} videos: give one a video.")
+                raise PromptError(
+                    f"{len(instructions)} questions for a memory of {len(memory.start)} videos: give one a video."
+                )
             text = pad_text([self._prompt(each)[1] for each in instructions])
             if self._reader.method.prompt_guided and not np.array_equal(text, memory.prompt):
                 raise InstructionError(
@@ -322,7 +341,8 @@ class RetakeModel:
             out, trace = self._decode(memory, text, **decoding)
         tokens, count = np.asarray(out.tokens), np.asarray(out.count)
         texts = [
-            self.tokenizer.decode(row[:n], skip_special_tokens=True).strip() for row, n in zip(tokens, count, strict=True)
+            self.tokenizer.decode(row[:n], skip_special_tokens=True).strip()
+            for row, n in zip(tokens, count, strict=True)
         ]
         return Answer(texts[0] if len(texts) == 1 else texts, tokens[:, : count.max()], trace)
 

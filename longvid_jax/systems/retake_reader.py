@@ -34,7 +34,11 @@ class Reader:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def begin(
-        self, before: Sequence[list[int]], behind: Sequence[list[int]], expected: np.ndarray, grid: tuple[int, int] | None
+        self,
+        before: Sequence[list[int]],
+        behind: Sequence[list[int]],
+        expected: np.ndarray,
+        grid: tuple[int, int] | None,
     ) -> RetakeMemory:
         """A memory that has read the text `before` the video, token ids a row; `expected` [B] temporal patches (0: unknown)."""
         batch = len(before)
@@ -68,7 +72,9 @@ class Reader:
         """The decoder reads what is held back: nothing follows."""
         return self._read_pending(memory, None, None)
 
-    def read_all(self, memory: RetakeMemory, features: list[jax.Array], patches: np.ndarray, times: np.ndarray) -> RetakeMemory:
+    def read_all(
+        self, memory: RetakeMemory, features: list[jax.Array], patches: np.ndarray, times: np.ndarray
+    ) -> RetakeMemory:
         """Reads a whole video of which DPSelect drops temporal patches globally: features [B, length, N, D] a chunk."""
         # Chunks in a power-of-two number, so that few lengths are compiled.
         blank = [jnp.zeros_like(features[0])] * (_bucket(len(features), 1) - len(features))
@@ -78,14 +84,18 @@ class Reader:
         marked = self._mark(memory, Pending(features, patches, times), None, count=count, width=features.shape[1])
         memory = dataclasses.replace(memory, dropped=patches - count)
         for start in range(0, int(count.max()), self.length):
-            chunk = marked._replace(**{
-                field: getattr(marked, field)[:, start : start + self.length]
-                for field in ("features", "peak", "times", "share", "change")
-            })
+            chunk = marked._replace(
+                **{
+                    field: getattr(marked, field)[:, start : start + self.length]
+                    for field in ("features", "peak", "times", "share", "change")
+                }
+            )
             memory = self._read(memory, chunk, np.clip(count - start, 0, self.length))
         return memory
 
-    def answer(self, memory: RetakeMemory, text: np.ndarray, *, max_new_tokens: int, **decoding) -> tuple[Generated, np.ndarray]:
+    def answer(
+        self, memory: RetakeMemory, text: np.ndarray, *, max_new_tokens: int, **decoding
+    ) -> tuple[Generated, np.ndarray]:
         """Reads text int32 [B, S] behind a finished memory and decodes; consumes the memory.
 
         Returns what was generated, and int [B] how many tokens each row's cache then held before its answer.
@@ -101,7 +111,9 @@ class Reader:
         )
         return out, memory.stored + length
 
-    def _read_pending(self, memory: RetakeMemory, after: jax.Array | None, has_after: np.ndarray | None) -> RetakeMemory:
+    def _read_pending(
+        self, memory: RetakeMemory, after: jax.Array | None, has_after: np.ndarray | None
+    ) -> RetakeMemory:
         pending = memory.pending
         if pending is None:
             return memory
@@ -194,14 +206,20 @@ class Reader:
             return 0
         full, rest = divmod(int(memory.expected.max()), self.length)
         chunk = self._keep(memory, np.full_like(memory.start, self.length)).max()
-        return int(memory.start.max() + (full + (rest > 0) + 1) * chunk) + self.length * int(memory.grid.prod()) + ANSWER_ROOM
+        return (
+            int(memory.start.max() + (full + (rest > 0) + 1) * chunk)
+            + self.length * int(memory.grid.prod())
+            + ANSWER_ROOM
+        )
 
     def _with_room(self, memory: RetakeMemory, tokens: int) -> RetakeMemory:
         """The memory with room for so many more tokens: a full cache is copied into the next bucket."""
         capacity = memory.cache.capacity
         if memory.offset + tokens <= capacity:
             return memory
-        return dataclasses.replace(memory, cache=steps.grow_cache(memory.cache, capacity=_bucket(memory.offset + tokens)))
+        return dataclasses.replace(
+            memory, cache=steps.grow_cache(memory.cache, capacity=_bucket(memory.offset + tokens))
+        )
 
 
 def pad_text(rows: Sequence[Sequence[int]]) -> np.ndarray:

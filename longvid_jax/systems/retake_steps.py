@@ -205,11 +205,24 @@ def grow_cache(cache: KVCache, *, capacity: int) -> KVCache:
 
 def _text_positions(start: jax.Array, length: int) -> jax.Array:
     """Positions int32 [B, length, 3] of text that begins at start [B]: the same on all three axes."""
-    return jnp.broadcast_to((start[:, None] + jnp.arange(length))[..., None], (start.shape[0], length, 3)).astype(jnp.int32)
+    return jnp.broadcast_to((start[:, None] + jnp.arange(length))[..., None], (start.shape[0], length, 3)).astype(
+        jnp.int32
+    )
 
 
 def _constrain_cache(cache: KVCache) -> KVCache:
-    def spread(x):
+    """Rows of the batch on (data, fsdp), kv heads on tensor."""
+
+    def heads(x):
         return constrain(x, *[None] * (x.ndim - 4), BATCH, "tensor")
 
-    return dataclasses.replace(cache, keys=jax.tree.map(spread, cache.keys), values=jax.tree.map(spread, cache.values))
+    def rows(x):
+        return constrain(x, *[None] * (x.ndim - 3), BATCH)
+
+    return dataclasses.replace(
+        cache,
+        keys=jax.tree.map(heads, cache.keys),
+        values=jax.tree.map(heads, cache.values),
+        positions=jax.tree.map(rows, cache.positions),
+        source=jax.tree.map(rows, cache.source),
+    )

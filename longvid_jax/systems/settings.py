@@ -27,7 +27,9 @@ class Settings:
     def from_folder(cls, folder: Path, config: dict) -> "Settings":
         """Reads config.json (given), generation_config.json and the processor's file, of either generation."""
         if "video_token_id" not in config:
-            raise CheckpointError("config.json has no 'video_token_id', without which a video has no place in a prompt; add it.")
+            raise CheckpointError(
+                "config.json has no 'video_token_id', without which a video has no place in a prompt; add it."
+            )
         generation = _read(folder / "generation_config.json")
         text = {**config, **config.get("text_config", {})}
         stop = generation.get("eos_token_id", text.get("eos_token_id"))

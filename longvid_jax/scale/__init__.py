@@ -1,0 +1,1 @@
+"""Meshes, and compiling for machines that are not there."""
