@@ -39,7 +39,6 @@ class Index:
     times: np.ndarray  # float64 [T] seconds from the first frame
     pts: np.ndarray  # int64 [T]
     keys: np.ndarray  # int64 [n] frame indices of keyframes
-    seek_to: np.ndarray  # int64 [n] time stamp that a seek to the keyframe asks for
     by_order: bool  # packets without presentation times: decoded frames are counted instead, and nothing is seeked
     missing: int  # frames that the header promises after the point where the file breaks off
 
@@ -98,10 +97,9 @@ def read_index(path: str) -> Index:
     if timed:
         shown, where = np.unique(pts, return_index=True)  # the two fields of an interlaced frame share a time
         key_frames = np.flatnonzero(keys[where])
-        seek_to = np.minimum(pts, dts)[where][key_frames] if ordered else shown[key_frames]
     else:
         shown = np.sort(dts) if ordered else np.round(np.arange(len(dts)) / float(rate * tick)).astype(np.int64)
-        key_frames = seek_to = np.zeros(0, np.int64)
+        key_frames = np.zeros(0, np.int64)
     ticks = shown - shown[0]
     last = end[1] if timed and end[1] else float(1 / (rate * tick))
     duration = float((ticks[-1] + last) * tick.numerator / tick.denominator)
@@ -115,7 +113,7 @@ def read_index(path: str) -> Index:
     width, height = (first.width, first.height)[:: -1 if turned % 2 else 1]
     probe = Probe(width, height, fps, duration, len(ticks), codec, 90 * turned)
     times = ticks * tick.numerator / tick.denominator
-    return Index(probe, times, shown, key_frames, seek_to, not timed, missing)
+    return Index(probe, times, shown, key_frames, not timed, missing)
 
 
 def _last_time(path: str) -> float:
@@ -217,11 +215,10 @@ def _walk(packets, stream, index: Index, first: int, wanted: Sequence[int], tall
 
 def _packets_from(container, stream, index: Index, key: int) -> Iterator[av.Packet]:
     """The packets from a keyframe on, or from an earlier one if a seek lands behind what it asked for."""
-    target = index.pts[index.keys[key]]
-    back = 1
+    target, back = index.pts[index.keys[key]], 1
     while True:
         with contextlib.suppress(av.FFmpegError):  # what cannot seek is read on from where it is
-            container.seek(int(index.seek_to[key]), stream=stream)
+            container.seek(int(index.pts[index.keys[key]]), stream=stream)
         packets = container.demux(stream)
         packet = next((packet for packet in packets if packet.is_keyframe), None)
         if key == 0 or (packet is not None and packet.pts is not None and packet.pts <= target):

@@ -54,7 +54,7 @@ class Video:
         give more.
       sampler: "fps" (by time), "linspace", "qwen", "retake", "vlmevalkit", "lvb", "mid" or "moviechat"; see `sampling`.
       native_fps: rate of a folder's images or an array's frames; files know theirs.
-      long_side: pixels of the longer side at which a model looks at it (ReTaKe's rule); None leaves it to the model's own.
+      long_side: pixels of the longer side at which a model looks at it (ReTaKe's rule); None leaves it to the model.
 
     Raises:
       VideoError: the source cannot be opened, holds no video, or (once frames are asked for) nothing in it decodes.

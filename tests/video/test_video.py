@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from longvid_jax.errors import OptionError
-from longvid_jax.video import Video, stream_batch
+from longvid_jax.video import Video, decode, stream_batch
 from longvid_jax.video.decode import MIN_JUMP
 
 SIZE = (24, 80)
@@ -57,6 +57,18 @@ def test_sparse_and_dense_samples_show_what_they_should(encode, shown, shown_num
         if len(video) == 7 and gop == 12 and name != "v.avi":
             assert video.report.frames < 7 * (12 + MIN_JUMP)  # it jumped
     assert [shown_number(p) for p in Video(path).read([9.0, 0.01, 15.9, 9.0], SIZE)] == [225, 0, 397, 225]
+
+
+@pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.ts"])
+def test_a_jump_lands_on_its_keyframe(encode, name):
+    """And not one before, whose frames would all be decoded in vain."""
+    path = str(encode(name, count=400, fps=25, gop=60))
+    index = decode.read_index(path)
+    assert len(index.keys) > 5
+    with decode.opened(path) as (container, stream):
+        for key in (5, 2, 3):
+            packet = next(decode._packets_from(container, stream, index, key))
+            assert packet.pts == index.pts[index.keys[key]]
 
 
 def test_raw_stream_without_times(encode, shown):
@@ -158,8 +170,6 @@ def _open_files():
 
 
 def test_errors_on_the_thread_reach_the_consumer(encode, monkeypatch):
-    from longvid_jax.video import decode
-
     def broken(*_):
         yield 0, np.zeros((*SIZE, 3), np.uint8)
         raise RuntimeError("from the thread")
