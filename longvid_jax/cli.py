@@ -1,0 +1,325 @@
+"""The `longvid` command. What takes long to import is imported by the sub-command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from longvid_jax.errors import LongvidError, OptionError, VideoWarning
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # what shells give for SIGINT and SIGPIPE
+SHOWN_FAULTS = 5  # of a checkpoint that has many
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code: 2 for bad input, after one line on standard error."""
+    arguments = parser().parse_args(argv)
+    _quiet()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", VideoWarning)
+        warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+        try:
+            arguments.run(arguments)
+            sys.stdout.flush()
+        except LongvidError as error:
+            _say(f"error: {_one_line(error)}")
+            return 2
+        except KeyboardInterrupt:
+            _say("interrupted")
+            return INTERRUPTED
+        except BrokenPipeError:  # `longvid ... | head`; a second failure when Python flushes at exit is kept away too
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return BROKEN_PIPE
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="longvid", description="Questions about long videos.")
+    top.add_argument("--version", action=_Version)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = _command(commands, "demo", _demo, "try it: a video and a tiny model made on the spot, nothing to download")
+    demo.add_argument("--keep", metavar="DIR", help="keep the video, the checkpoint and the timeline figure in DIR")
+    demo.add_argument("--seed", type=int, default=0, help="of the video and of the weights (default: 0)")
+
+    _ask_arguments(_command(commands, "ask", _ask, "ask one or more questions about a video"))
+
+    inspect = _command(commands, "inspect", _inspect, "show what is in a checkpoint, from its headers alone")
+    inspect.add_argument("path", metavar="PATH", help="Hugging Face folder or hub id")
+
+    bench = commands.add_parser("bench", help="measure", description="Measure, side by side with a baseline.")
+    kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
+    video = _command(kinds, "video", _bench_video, "frames a second from a file, beside a bare PyAV loop")
+    video.add_argument("video", metavar="VIDEO", nargs="?", help="a file (default: one that is made)")
+    video.add_argument("--minutes", type=float, default=20, help="length of the video that is made (default: 20)")
+    video.add_argument("--repeats", type=int, default=2, help="turns, of which the fastest counts (default: 2)")
+    return top
+
+
+def _command(commands, name: str, run, what: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+    command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+    command.set_defaults(run=run)
+    return command
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings, dest):
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser, *_):
+        import longvid_jax
+
+        print(f"longvid {longvid_jax.__version__}")
+        parser.exit()
+
+
+# --- ask ----------------------------------------------------------------------------------------------------------------
+
+METHOD_OPTIONS = {  # of the command line -> of lv.ReTaKe
+    "keep_ratio": "keep_ratio",
+    "budget": "budget",
+    "chunk_frames": "chunk_frames",
+    "dpselect": "dpselect",
+    "dpselect_ratio": "dpselect_ratio",
+    "pivots": "pivots",
+    "no_reforge": "reforge",
+    "yarn_factor": "yarn_factor",
+    "prompt_guided": "prompt_guided",
+}
+
+
+def _ask_arguments(ask: argparse.ArgumentParser) -> None:
+    ask.add_argument("video", metavar="VIDEO", help="a video file, or a folder of images")
+    ask.add_argument("questions", metavar="QUESTION", nargs="+", help="several are answered after one watching")
+    ask.add_argument("--model", metavar="PATH", required=True, help="Hugging Face folder or hub id of a Qwen2-VL")
+    ask.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)")
+    ask.add_argument("--check", action="store_true", help="refuse weights with NaN or infinity in them")
+    ask.add_argument("--plot", metavar="FILE.png", help="write a timeline of what was seen and kept")
+
+    sampling = ask.add_argument_group("which frames")
+    sampling.add_argument("--fps", type=float, metavar="F", help="sampled frames a second (default: 2)")
+    sampling.add_argument("--max-frames", type=int, metavar="N", help="upper limit on the sampled frames")
+    names = "fps, linspace, qwen, retake, vlmevalkit, lvb, mid or moviechat"
+    sampling.add_argument("--sampler", metavar="NAME", default="fps", help=f"{names} (default: fps)")
+    sampling.add_argument(
+        "--long-side", type=int, metavar="PX", help="pixels of the longer side (default: Qwen's rule)"
+    )
+
+    # Defaults are ReTaKe's own and stay None here, so that what was given can be told from what was not.
+    method = ask.add_argument_group("what is kept (arXiv 2412.20504)")
+    method.add_argument("--method", choices=("retake", "none"), default="retake", help="none: all (default: retake)")
+    method.add_argument("--keep-ratio", type=float, metavar="F", help="share of the video tokens (default: 0.25), or")
+    method.add_argument("--budget", type=int, metavar="N", help="tokens of text and video together")
+    method.add_argument("--chunk-frames", type=int, metavar="N", help="frames read at a time (default: 32)")
+    method.add_argument("--dpselect", choices=("patch", "frame", "none"), help="key frames' unit (default: patch)")
+    method.add_argument("--dpselect-ratio", type=float, metavar="F", help="share that passes DPSelect (default: 1)")
+    method.add_argument("--pivots", choices=("mean", "always"), help="key frames' score (default: mean)")
+    method.add_argument(
+        "--no-reforge", action="store_true", default=None, help="leave kept tokens where they were in time"
+    )
+    method.add_argument("--yarn-factor", type=float, metavar="F", help="stretch the model's context by YaRN")
+    method.add_argument("--prompt-guided", action="store_true", default=None, help="keep what the question attends to")
+
+    decoding = ask.add_argument_group("the answer")
+    decoding.add_argument("--max-new-tokens", type=int, metavar="N", default=128, help="at most (default: 128)")
+    decoding.add_argument("--temperature", type=float, metavar="F", default=0.0, help="0 is greedy (default)")
+    decoding.add_argument(
+        "--top-p", type=float, metavar="F", default=1.0, help="nucleus of this probability (default: 1)"
+    )
+    decoding.add_argument("--seed", type=int, metavar="N", default=0, help="of sampling (default: 0)")
+
+
+def _ask(arguments: argparse.Namespace) -> None:
+    import jax.numpy as jnp
+
+    import longvid_jax as lv
+    from longvid_jax import convert
+    from longvid_jax.evaluate.ask import ask
+
+    method = _method(arguments)
+    draw = _timeline(arguments.plot) if arguments.plot else None
+    video = lv.Video(
+        arguments.video,
+        fps=arguments.fps,
+        max_frames=arguments.max_frames,
+        sampler=arguments.sampler,
+        long_side=arguments.long_side,
+    )
+    watchings = len(arguments.questions) if method is not None and method.prompt_guided else 1
+    expected = watchings * len(video)
+    _keep_compiled()
+    with _progress() as progress:
+        bar, start = progress.add_task("loading", total=None), time.perf_counter()
+        model = lv.load(arguments.model, method=method, dtype=arguments.dtype and jnp.dtype(arguments.dtype))
+        if arguments.check:
+            convert.check_finite(model.model)
+        seconds = {"load": time.perf_counter() - start}
+        progress.update(bar, description="watching", total=expected)
+        answers, result = ask(
+            model,
+            video,
+            arguments.questions,
+            progress=lambda frames: progress.advance(bar, frames),
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        )
+        progress.update(bar, description="watched")
+    if draw is not None:
+        draw(answers[0].trace, video, arguments.plot)
+    if arguments.json:
+        result = {"model": arguments.model, **result, "seconds": {**seconds, **result["seconds"]}}
+        _print_json(result)
+        return
+    for question, answer in zip(arguments.questions, answers, strict=True):
+        if len(answers) > 1:
+            print(f"> {question}")
+        print(printable(answer.text))
+    trace = result["trace"]
+    _say(
+        f"{trace['frames']} frames became {trace['tokens']:,} tokens, {trace['tokens_kept']:,} of which were kept: "
+        f"{trace['cache_bytes'] / 1e6:,.1f} MB of cache instead of {trace['cache_bytes_uncompressed'] / 1e6:,.1f} MB"
+    )
+
+
+def _method(arguments: argparse.Namespace):
+    from longvid_jax import ReTaKe
+
+    given = {name: value for name in METHOD_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if arguments.method == "none":
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise OptionError(f"--method none keeps everything, so {flags} cannot be used with it; leave one out.")
+        return None
+    choices = {METHOD_OPTIONS[name]: value for name, value in given.items()}
+    if "no_reforge" in given:
+        choices["reforge"] = False
+    if choices.get("dpselect") == "none":
+        choices["dpselect"] = None
+    if "budget" not in choices:
+        choices.setdefault("keep_ratio", 0.25)
+    return ReTaKe(**choices)
+
+
+def _timeline(path: str):
+    """The function that draws, once it is sure that it can."""
+    from longvid_jax.evaluate import timeline
+
+    timeline.check(path)
+    return timeline.plot
+
+
+# --- the other sub-commands ---------------------------------------------------------------------------------------------
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    _keep_compiled()
+    with _progress() as progress:
+        from longvid_jax.evaluate import demo
+
+        bar = progress.add_task("starting", total=None)
+        result = demo.run(
+            keep=arguments.keep, seed=arguments.seed, stage=lambda what: progress.update(bar, description=what)
+        )
+        progress.update(bar, visible=False)
+    _print_json(result) if arguments.json else print(printable(demo.report(result)))
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from longvid_jax.convert import describe, render
+
+    description = describe(arguments.path)
+    _print_json(description) if arguments.json else Console().print(render(description), soft_wrap=True)
+
+
+def _bench_video(arguments: argparse.Namespace) -> None:
+    bench = importlib.import_module("longvid_jax.evaluate.bench_video")
+    result = bench.run(arguments.video, arguments.minutes, arguments.repeats)
+    _print_json(result) if arguments.json else print(bench.report(result))
+
+
+# --- what they share ----------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which could do things to a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _print_json(result: dict) -> None:
+    print(json.dumps(result, allow_nan=False))
+
+
+def _say(line: str) -> None:
+    print(f"longvid: {line}", file=sys.stderr)
+
+
+def _one_line(error: Exception) -> str:
+    """The message; of a list of faults the first few."""
+    head, *faults = (line.strip() for line in str(error).splitlines())
+    more = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
+    return " ".join([head, "; ".join(faults[:SHOWN_FAULTS] + more)]).strip()
+
+
+@contextlib.contextmanager
+def _progress():
+    """A progress bar on standard error; whatever goes wrong, the bar does not stay."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        try:
+            yield progress
+        except BaseException:
+            for task in progress.task_ids:
+                progress.update(task, visible=False)
+            raise
+
+
+def _quiet() -> None:
+    """Keeps the chatter of libraries off the terminal; variables that are set stay as they are."""
+    for name, value in {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _keep_compiled() -> None:
+    """Keeps compiled programs for the next run, in the user's cache folder; LONGVID_COMPILATION_CACHE=0 turns it off."""
+    if os.environ.get("LONGVID_COMPILATION_CACHE") == "0" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "longvid_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)  # the default, 1 s, leaves most out on CPUs
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
