@@ -84,7 +84,7 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-# --- ask ----------------------------------------------------------------------------------------------------------------
+# --- ask --------------------------------------------------------------------------------------------------------------
 
 METHOD_OPTIONS = {  # of the command line -> of lv.ReTaKe
     "keep_ratio": "keep_ratio",
@@ -166,11 +166,17 @@ def _ask(arguments: argparse.Namespace) -> None:
             convert.check_finite(model.model)
         seconds = {"load": time.perf_counter() - start}
         progress.update(bar, description="watching", total=expected)
+
+        def watched(frames: int) -> None:
+            progress.advance(bar, frames)
+            if progress.finished:
+                progress.update(bar, description="answering")
+
         answers, result = ask(
             model,
             video,
             arguments.questions,
-            progress=lambda frames: progress.advance(bar, frames),
+            progress=watched,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
@@ -221,7 +227,7 @@ def _timeline(path: str):
     return timeline.plot
 
 
-# --- the other sub-commands ---------------------------------------------------------------------------------------------
+# --- the other sub-commands -------------------------------------------------------------------------------------------
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -252,7 +258,7 @@ def _bench_video(arguments: argparse.Namespace) -> None:
     _print_json(result) if arguments.json else print(bench.report(result))
 
 
-# --- what they share ----------------------------------------------------------------------------------------------------
+# --- what they share --------------------------------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
@@ -310,7 +316,7 @@ def _quiet() -> None:
 
 
 def _keep_compiled() -> None:
-    """Keeps compiled programs for the next run, in the user's cache folder; LONGVID_COMPILATION_CACHE=0 turns it off."""
+    """Keeps compiled programs for the next run, in the user's cache; LONGVID_COMPILATION_CACHE=0 turns it off."""
     if os.environ.get("LONGVID_COMPILATION_CACHE") == "0" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax

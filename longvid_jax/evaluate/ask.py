@@ -1,4 +1,4 @@
-"""Asking about one video, with everything worth reporting as plain data: what `longvid ask` and `longvid demo` are made of."""
+"""Asking about one video, with an account as plain data: what `longvid ask` and `longvid demo` are made of."""
 
 from __future__ import annotations
 

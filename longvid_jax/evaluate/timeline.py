@@ -1,4 +1,4 @@
-"""A watched video as a figure: what DPSelect marked, how much the picture changed, what each layer kept of each moment."""
+"""A watched video as a figure: what DPSelect marked, how much the picture changed, what each layer kept when."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from longvid_jax.evaluate.ask import MARKED, kept_share
 from longvid_jax.systems.results import Trace
 from longvid_jax.video import Video
 
-WIDTH, MARGIN = 7.2, 0.55  # inches: a page's width; the margin left of the axes, where their labels are
-AXES = 5.95  # inches, width of the axes
+WIDTH, MARGIN = 7.2, 0.68  # inches: a page's width; the margin left of the axes, where their labels are
+AXES = 5.84  # inches, width of the axes
 THUMBNAILS = 7
 ACCENT, INK, FAINT = "#c8442b", "#33383d", "#9aa1a8"
+STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)  # seconds between ticks
 
 
 def check(path: str | os.PathLike) -> None:
@@ -38,9 +39,9 @@ def check(path: str | os.PathLike) -> None:
 def plot(trace: Trace, video: Video, path: str | os.PathLike) -> Path:
     """Writes the timeline of one watched video (B = 1) and returns its path.
 
-    From the top: frames at the strongest key frames; DPSelect's distance of each temporal patch to its predecessor, with dots
-    where at least half of a patch is marked; the share of each patch's tokens that each layer kept. Without DPSelect the
-    frames are evenly spaced and the distance is left out. Raises OptionError as `check` does.
+    From the top: frames at the strongest key frames; DPSelect's distance of each temporal patch to its predecessor,
+    with dots where at least half of a patch is marked; the share of each patch's tokens that each layer kept. Without
+    DPSelect the frames are evenly spaced and the distance is left out. Raises OptionError as `check` does.
     """
     check(path)
     from matplotlib.figure import Figure
@@ -64,8 +65,10 @@ def plot(trace: Trace, video: Video, path: str | os.PathLike) -> Path:
     top += heights["frames"] + heights["link"]
     if trace.change is not None:
         change = axes(top, heights["change"])
-        _draw_change(change, trace)
+        _draw_change(change, trace, shown)
         change.set_xlim(edges[0], edges[-1])
+        label = (MARGIN + AXES) / WIDTH, 1 - 0.08 / height
+        figure.text(*label, "\N{BLACK CIRCLE} key frame", fontsize=7, color=ACCENT, va="top", ha="right")
         top += heights["change"] + heights["gap"]
     kept = axes(top, heights["kept"])
     bar = axes(top, heights["kept"], MARGIN + AXES + 0.1, 0.09)
@@ -121,7 +124,7 @@ def _draw_frames(axes, top: float, frames: np.ndarray, times: np.ndarray, wide: 
     return slots
 
 
-def _draw_change(axes, trace: Trace) -> None:
+def _draw_change(axes, trace: Trace, shown: np.ndarray) -> None:
     times, change, share = trace.times[0], trace.change[0].copy(), trace.keyframes[0]
     change[0] = np.nan
     axes.fill_between(times, change, color=FAINT, alpha=0.35, linewidth=0)
@@ -129,15 +132,18 @@ def _draw_change(axes, trace: Trace) -> None:
     marked = (share >= MARKED) & np.isfinite(change)
     size = np.clip(900 / max(len(times), 1), 3, 14)
     axes.scatter(times[marked], change[marked], s=size, color=ACCENT, linewidths=0, zorder=3, clip_on=False)
-    axes.set_ylim(0, max(1.12 * np.nanmax(change, initial=0.0), 1e-6))
-    axes.set_ylabel("change", fontsize=7.5, color=INK)
+    top = max(1.12 * np.nanmax(change, initial=0.0), 1e-6)
+    height = np.nan_to_num(change[np.isin(times, shown)])
+    axes.vlines(shown, height, top, color=FAINT, linewidth=0.5, clip_on=False)
+    axes.set_ylim(0, top)
+    axes.set_ylabel("change\n(1 \N{MINUS SIGN} cos)", fontsize=7.5, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelbottom=False)
+    axes.set_xticks([])
     _style(axes)
 
 
 def _draw_kept(axes, bar, edges: np.ndarray, share: np.ndarray) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator, PercentFormatter
 
     layers = np.arange(share.shape[0] + 1) - 0.5
     mesh = axes.pcolormesh(edges, layers, share, cmap="viridis", vmin=0, vmax=max(share.max(), 1e-6), rasterized=True)
@@ -145,6 +151,8 @@ def _draw_kept(axes, bar, edges: np.ndarray, share: np.ndarray) -> None:
     axes.set_ylabel("layer", fontsize=7.5, color=INK)
     axes.set_xlabel("time (min:sec)", fontsize=7.5, color=INK)
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    span = edges[-1] - edges[0]
+    axes.xaxis.set_major_locator(MultipleLocator(next((step for step in STEPS if span / step <= 10), span / 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: clock(value)))
     axes.figure.colorbar(mesh, cax=bar, format=PercentFormatter(1, 0))
     bar.set_title("kept", fontsize=7, color=INK, pad=3)
@@ -156,6 +164,7 @@ def _draw_kept(axes, bar, edges: np.ndarray, share: np.ndarray) -> None:
 
 def _style(axes) -> None:
     axes.tick_params(labelsize=7, colors=INK, width=0.5, length=2.5)
+    axes.yaxis.set_label_coords(-0.36 / AXES, 0.5)
     for spine in axes.spines.values():
         spine.set(linewidth=0.5, color=INK)
 

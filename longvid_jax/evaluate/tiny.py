@@ -1,4 +1,4 @@
-"""A tiny, randomly initialised Qwen2-VL as a Hugging Face folder with a tokenizer, for trying things without a download."""
+"""A tiny, randomly initialised Qwen2-VL as a Hugging Face folder with a tokenizer: to try things without a download."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def write_checkpoint(
       vision_width, vision_depth: of the vision tower, which has a head for every 16 of its width.
       max_length: positions that its config.json says it was trained for.
 
-    Its patches are Qwen2-VL's own (14 pixels, 2 frames, merged 2 x 2), its tokens are bytes, and it says printable ASCII only.
+    Its patches are Qwen2-VL's own (14 pixels, 2 frames, merged 2 x 2), its tokens are bytes, and it says printable
+    ASCII only.
     """
     tokenizer = byte_tokenizer()
     ids = {token: tokenizer.token_to_id(token) for token in SPECIAL}
@@ -82,6 +83,7 @@ def write_checkpoint(
     }
     model = Qwen2VL(Qwen2VLConfig.from_huggingface(config), rngs=nnx.Rngs(seed))
     _see_contrast(model, seed)
+    _listen(model)
     _say_printable_only(model, tokenizer)
     folder = convert.save_huggingface(model, config, folder, convert.table_for(config))
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -107,12 +109,23 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def _see_contrast(model: Qwen2VL, seed: int) -> None:
-    """Gives the vision tower biases as a trained one has: without them its norms blow up the noise of plain grey patches."""
+    """Gives the vision tower biases, as a trained one has: without them its norms blow up the noise of grey patches."""
     key = jax.random.key(seed)
     for block in model.vision.blocks:
         for linear in (block.attention.proj, block.mlp.fc2):
             key, now = jax.random.split(key)
             linear.bias.set_value(0.3 * jax.random.normal(now, linear.bias.shape))
+
+
+def _listen(model: Qwen2VL) -> None:
+    """Scales the decoder's maps up to keep variance, so that answers hang on more than the last token."""
+    linears = [model.text.lm_head]
+    for layer in model.text.layers:
+        linears += [getattr(layer.attention, name) for name in "qkvo"]
+        linears += [getattr(layer.mlp, name) for name in ("gate", "up", "down")]
+    for linear in linears:
+        kernel = linear.kernel[...]
+        linear.kernel.set_value(kernel / (jnp.std(kernel) * kernel.shape[0] ** 0.5))
 
 
 def _say_printable_only(model: Qwen2VL, tokenizer: Tokenizer) -> None:
