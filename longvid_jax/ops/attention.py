@@ -75,7 +75,13 @@ def column_sums(
 
 def _logits(q: jax.Array, run: Keys, start, scale: float) -> jax.Array:
     """Masked logits float32 [B, K, G, n, S] of the queries start..start+n."""
-    logits = jnp.einsum("bkgnd,bksd->bkgns", q, run.k, preferred_element_type=jnp.float32) * scale
+    # XLA transposes the second operand of such a product on CPUs: for few queries the logits are moved instead of the keys.
+    few = q.shape[2] * q.shape[3] <= q.shape[4]
+    if few:
+        logits = jnp.einsum("bksd,bkgnd->bksgn", run.k, q, preferred_element_type=jnp.float32)
+        logits = jnp.moveaxis(logits, 2, -1) * scale
+    else:
+        logits = jnp.einsum("bkgnd,bksd->bkgns", q, run.k, preferred_element_type=jnp.float32) * scale
     lowest = jnp.finfo(jnp.float32).min
     if run.valid is not None:
         logits = jnp.where(run.valid[:, None, None, None], logits, lowest)

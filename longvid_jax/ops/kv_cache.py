@@ -143,12 +143,13 @@ def attention(
     else:
         block, count = select(q, k, v, positions, rope)
     end = jnp.take_along_axis(block.positions[..., 0], jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    offset = _once_known(context, cache.offset)
     return context, dataclasses.replace(
         cache,
-        keys=write(cache.keys, layer, cache.offset, block.k),
-        values=write(cache.values, layer, cache.offset, block.v),
-        positions=write(cache.positions, layer, cache.offset, block.positions),
-        source=write(cache.source, layer, cache.offset, block.source[..., None]),
+        keys=write(cache.keys, layer, offset, block.k),
+        values=write(cache.values, layer, offset, block.v),
+        positions=write(cache.positions, layer, offset, block.positions),
+        source=write(cache.source, layer, offset, block.source[..., None]),
         last=cache.last.at[layer].set(jnp.where(count > 0, end, cache.last[layer])),
     )
 
@@ -161,6 +162,15 @@ def advance(cache: KVCache, count: jax.Array, width: int) -> KVCache:
         valid=jax.lax.dynamic_update_slice(cache.valid, valid, (0, cache.offset)),
         offset=cache.offset + count.max().astype(jnp.int32),
     )
+
+
+def _once_known(context: jax.Array, offset: jax.Array) -> jax.Array:
+    """offset, computed such that it waits for context.
+
+    With nothing that orders the write behind the read XLA copies the whole cache, for every token, to have both;
+    on CPUs an optimization_barrier is gone by the time it decides. The minimum is always 0, which XLA does not find out.
+    """
+    return offset + jnp.minimum(jnp.isnan(context[0, 0, 0, 0]).astype(jnp.int32), 0)
 
 
 def _attend_prefix(cache: KVCache, layer, q: jax.Array, own: Keys) -> jax.Array:
