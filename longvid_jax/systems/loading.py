@@ -29,7 +29,7 @@ def load(source, method: ReTaKe | None = None, dtype=None, mesh=None, *, stacked
     weights = convert.open_source(source)
     if (name := convert.architecture(weights.config)) != "qwen2_vl":
         raise CheckpointError(f"{weights.name} is a {name} model, which has no vision tower; ReTaKe runs on qwen2_vl.")
-    config = Qwen2VLConfig.from_huggingface(weights.config)
+    config = _config(weights)
     if method is not None and method.yarn_factor is not None:
         rope = dataclasses.replace(config.text.rope, scaling="yarn", factor=float(method.yarn_factor))
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, rope=rope))
@@ -41,6 +41,28 @@ def load(source, method: ReTaKe | None = None, dtype=None, mesh=None, *, stacked
         weights, abstract, convert.table_for(weights.config), dtype=dtype or default_dtype(), shardings=shardings
     )
     return RetakeModel(model, settings, method=method, tokenizer=_tokenizer(weights.path), mesh=mesh)
+
+
+def _config(weights: convert.Source) -> Qwen2VLConfig:
+    """The checkpoint's config; CheckpointError where no network can be built from it."""
+    try:
+        config = Qwen2VLConfig.from_huggingface(weights.config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{weights.name}: config.json has a value of the wrong kind ({error}); fetch it again."
+        ) from error
+    text, vision = config.text, config.vision
+    if sum(text.rope.sections or ()) != text.rope.head_dim // 2:
+        raise CheckpointError(
+            f"{weights.name}: mrope_section under rope_scaling in config.json is {text.rope.sections}, but must be three numbers "
+            f"with the sum {text.rope.head_dim // 2}, half a head's width."
+        )
+    if not vision.heads or vision.width % (4 * vision.heads):
+        raise CheckpointError(
+            f"{weights.name}: num_heads under vision_config in config.json is {vision.heads}, but the width {vision.width} must be "
+            "divisible by four times it."
+        )
+    return config
 
 
 def default_dtype():
