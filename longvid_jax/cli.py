@@ -278,12 +278,12 @@ def _one_line(error: Exception) -> str:
     """The message; of a list of faults the first few."""
     head, *faults = (line.strip() for line in str(error).splitlines())
     more = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
-    return " ".join([head, "; ".join(faults[:SHOWN_FAULTS] + more)]).strip()
+    return " ".join([head, " | ".join(faults[:SHOWN_FAULTS] + more)]).strip()
 
 
 @contextlib.contextmanager
 def _progress():
-    """A progress bar on standard error; whatever goes wrong, the bar does not stay."""
+    """A progress bar on standard error: alive on a terminal, its last state elsewhere, and nothing after an error."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -294,13 +294,18 @@ def _progress():
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    console = Console(stderr=True)
+    progress = Progress(*columns, TimeRemainingColumn(), console=console)
+    if not console.is_terminal:
+        yield progress
+        console.print(progress.get_renderable())
+        return
+    with progress:
         try:
             yield progress
         except BaseException:
-            for task in progress.task_ids:
-                progress.update(task, visible=False)
+            progress.live.transient = True
             raise
 
 
