@@ -214,6 +214,13 @@ def test_inspect(succeeds, checkpoint):
     assert f"{sum(tensor.size for tensor in tensors.values()):,} parameters" in out and "lm_head" in out
 
 
+def test_bench_video(succeeds, movie):
+    out, _ = succeeds("bench", "video", movie, "--repeats", 1, "--json")
+    assert json.loads(out)["video"].startswith("112x112 h264, 12 s")
+    out, _ = succeeds("bench", "video", movie, "--repeats", 1)
+    assert "PyAV loop" in out and "Video.stream" in out
+
+
 def test_needle_of_a_real_film(clips, succeeds, checkpoint):
     """The cuts to and from the one cartoon shot in ten minutes, at 372 and 380 s, are marked and among the greatest."""
     film = clips / "haystack_10min.mp4"
