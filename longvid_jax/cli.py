@@ -21,8 +21,9 @@ SHOWN_FAULTS = 5  # of a checkpoint that has many
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 2 for bad input, after one line on standard error."""
-    arguments = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     _quiet()
+    arguments = parser(argv).parse_args(argv)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", VideoWarning)
@@ -42,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The command line; of a benchmark that has its own options, they are there if `argv` names it."""
     top = argparse.ArgumentParser(prog="longvid", description="Questions about long videos.")
     top.add_argument("--version", action=_Version)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -63,6 +64,10 @@ def parser() -> argparse.ArgumentParser:
     video.add_argument("video", metavar="VIDEO", nargs="?", help="a file (default: one that is made)")
     video.add_argument("--minutes", type=float, default=20, help="length of the video that is made (default: 20)")
     video.add_argument("--repeats", type=int, default=2, help="turns, of which the fastest counts (default: 2)")
+
+    retake = _command(kinds, "retake", _bench_retake, "plain against compressed prefill and decoding")
+    if tuple(argv[:2]) == ("bench", "retake"):
+        _benchmark("retake").add_arguments(retake)
     return top
 
 
@@ -253,9 +258,20 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _bench_video(arguments: argparse.Namespace) -> None:
-    bench = importlib.import_module("longvid_jax.evaluate.bench_video")
+    bench = _benchmark("video")
     result = bench.run(arguments.video, arguments.minutes, arguments.repeats)
     _print_json(result) if arguments.json else print(bench.report(result))
+
+
+def _bench_retake(arguments: argparse.Namespace) -> None:
+    bench = _benchmark("retake")
+    _keep_compiled()
+    result = bench.run(arguments)
+    _print_json(result) if arguments.json else print(bench.report(result))
+
+
+def _benchmark(name: str):
+    return importlib.import_module(f"longvid_jax.evaluate.bench_{name}")
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
