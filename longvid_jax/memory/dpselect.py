@@ -48,7 +48,9 @@ def choose(
 ) -> Keyframes:
     """The `count` best of features [T, N, D] in a buffer of `width`: peaks first, then by distance; [T] or [T, N] each."""
     # Selection runs along time: bring time last, [N, T], or [T] when a frame decides as a whole.
-    kept = top_k(distance.T, count, width, valid=jnp.broadcast_to(_along(valid, distance), distance.shape).T, first=peak.T)
+    kept = top_k(
+        distance.T, count, width, valid=jnp.broadcast_to(_along(valid, distance), distance.shape).T, first=peak.T
+    )
     indices = kept.indices.T
     along = indices[..., None] if indices.ndim == 2 else indices[:, None, None]
     return Keyframes(
@@ -58,9 +60,7 @@ def choose(
     )
 
 
-def distances(
-    features: jax.Array, before: jax.Array, has_before: jax.Array, *, per_patch: bool = False
-) -> jax.Array:
+def distances(features: jax.Array, before: jax.Array, has_before: jax.Array, *, per_patch: bool = False) -> jax.Array:
     """One minus the cosine of features [T, N, D] to their predecessors -> float32 [T, N], or their mean [T] over patches.
 
     `before` [N, D] precedes the first; where there is none (has_before False) the distance is 1.
@@ -102,7 +102,13 @@ class Lookback:
 
 
 def stream_keyframes(
-    lookback: Lookback, features: jax.Array, after: jax.Array, valid: jax.Array, has_after: jax.Array, *, per_patch: bool = False
+    lookback: Lookback,
+    features: jax.Array,
+    after: jax.Array,
+    valid: jax.Array,
+    has_after: jax.Array,
+    *,
+    per_patch: bool = False,
 ) -> tuple[Lookback, jax.Array, jax.Array]:
     """Peaks (window 3) of the next temporal patches of a stream, as `keyframes` of the whole stream would find them.
 

@@ -22,7 +22,9 @@ def scores(q: jax.Array, k: jax.Array, valid: jax.Array, query_valid: jax.Array 
     return column_sums(q, k, valid, valid if query_valid is None else query_valid)
 
 
-def keep(scores: jax.Array, is_pivot: jax.Array | None, count: jax.Array, valid: jax.Array, *, pivots: str = "mean") -> Kept:
+def keep(
+    scores: jax.Array, is_pivot: jax.Array | None, count: jax.Array, valid: jax.Array, *, pivots: str = "mean"
+) -> Kept:
     """The `count` [B] tokens that stay, of scores [B, C] and is_pivot bool [B, C] (from DPSelect).
 
     pivots="mean" gives pivots the average score 1, as the authors' code does; "always" puts them before all others (eq. 7),

@@ -40,7 +40,9 @@ class DecoderConfig:
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act is '{activation}', but this decoder has only 'silu'.")
         if config.get("use_sliding_window"):
-            raise CheckpointError("config.json: use_sliding_window is true, but this decoder attends to all of the past.")
+            raise CheckpointError(
+                "config.json: use_sliding_window is true, but this decoder attends to all of the past."
+            )
         is_llama, has_bias = config.get("model_type") == "llama", config.get("attention_bias", False)
         return cls(
             vocab_size=_field(config, "vocab_size"),
@@ -174,7 +176,14 @@ class Decoder(nnx.Module):
         stacked = not isinstance(self.layers, tuple)
         dtype = self.embed.embedding.dtype
         return kv_cache.empty(
-            config.depth, batch, config.kv_heads, capacity, config.rope.head_dim, config.rope.axes, dtype, stacked=stacked
+            config.depth,
+            batch,
+            config.kv_heads,
+            capacity,
+            config.rope.head_dim,
+            config.rope.axes,
+            dtype,
+            stacked=stacked,
         )
 
 
@@ -201,7 +210,9 @@ def _rope(config: dict, head_dim: int) -> Rope:
         )
     for name, plain in (("truncate", True), ("mscale", None), ("mscale_all_dim", None), ("partial_rotary_factor", 1.0)):
         if scaling.get(name) not in (None, plain):
-            raise CheckpointError(f"config.json: rope_scaling has {name} {scaling[name]}, which this decoder does not know.")
+            raise CheckpointError(
+                f"config.json: rope_scaling has {name} {scaling[name]}, which this decoder does not know."
+            )
     sections = scaling.get("mrope_section")
     return Rope(
         head_dim=head_dim,

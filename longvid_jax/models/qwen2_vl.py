@@ -131,7 +131,9 @@ class VisionTower(nnx.Module):
         self.config = config
         inputs = config.channels * config.temporal * config.patch**2
         self.patch_embed = Linear(inputs, config.width, bias=False, dtype=dtype, rngs=rngs)
-        self.blocks = repeat(lambda rngs: VisionBlock(config, dtype=dtype, rngs=rngs), config.depth, rngs, stacked=stacked)
+        self.blocks = repeat(
+            lambda rngs: VisionBlock(config, dtype=dtype, rngs=rngs), config.depth, rngs, stacked=stacked
+        )
         self.merger = Merger(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:

@@ -67,9 +67,7 @@ def column_sums(
     if count == 1:
         return block(total, 0, grouped, counted) * valid
     pieces = _split(grouped, 3, size), _split(counted, 1, size)  # padding queries count nothing
-    total, _ = jax.lax.scan(
-        lambda total, xs: (block(total, *xs), None), total, (jnp.arange(count) * size, *pieces)
-    )
+    total, _ = jax.lax.scan(lambda total, xs: (block(total, *xs), None), total, (jnp.arange(count) * size, *pieces))
     return total * valid
 
 

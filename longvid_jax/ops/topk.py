@@ -26,7 +26,12 @@ def ranks(*keys: jax.Array) -> jax.Array:
 
 
 def top_k(
-    scores: jax.Array, count: jax.Array | int, width: int, *, valid: jax.Array | None = None, first: jax.Array | None = None
+    scores: jax.Array,
+    count: jax.Array | int,
+    width: int,
+    *,
+    valid: jax.Array | None = None,
+    first: jax.Array | None = None,
 ) -> Kept:
     """The `count` [...] best of scores [..., C], of those `valid` [..., C], in order of index, in a buffer of `width`.
 

@@ -61,7 +61,7 @@ STEPS = [0.05, 0.30, 0.10, 0.12, 0.12, 0.02, 0.40, 0.01, 0.25]  # distances of f
 
 
 def turned(steps):
-    """Features [T, 1, 2] with those distances: the angle turns back and forth, so that equal steps are exactly equal."""
+    """Features [T, 1, 2] with those distances: the angle turns back and forth, so equal steps are exactly equal."""
     turns = np.arccos(1 - np.array(steps)) * (-1.0) ** np.arange(len(steps))
     angles = np.concatenate([[0], np.cumsum(turns)])
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1)[:, None].astype(np.float32)
@@ -107,7 +107,9 @@ def test_peaks_are_argmax_of_max_pooling(shape, window):
 def test_keyframes_equal_numpy(per_patch, frames):
     features = smooth(frames)
     distance = numpy_distances(features, per_patch)
-    np.testing.assert_allclose(dpselect.distances(features, features[0], False, per_patch=per_patch), distance, atol=1e-6)
+    np.testing.assert_allclose(
+        dpselect.distances(features, features[0], False, per_patch=per_patch), distance, atol=1e-6
+    )
     for count in {1, max(1, frames // 3), frames}:
         got = keyframes(features, count, per_patch=per_patch)
         peak = numpy_peaks(distance)
@@ -166,7 +168,8 @@ def streamed(features, pieces, per_patch, width):
 
 @MODES
 @pytest.mark.parametrize(
-    "pieces", [[24], [1] * 24, [2] * 12, [5, 5, 5, 5, 4], [8, 8, 8], [3, 8, 1, 6, 2, 4], [7, 0, 8, 0, 0, 8, 1], [0, 8, 8, 8]]
+    "pieces",
+    [[24], [1] * 24, [2] * 12, [5, 5, 5, 5, 4], [8, 8, 8], [3, 8, 1, 6, 2, 4], [7, 0, 8, 0, 0, 8, 1], [0, 8, 8, 8]],
 )
 def test_the_streaming_form_equals_the_global_one_in_any_split(per_patch, pieces):
     features = smooth(24)

@@ -59,7 +59,9 @@ def test_scores_equal_numpy_and_their_mean_is_one(chunk):
     got = scores(q, k, valid)
     assert got.dtype == jnp.float32
     for row, length in enumerate(LENGTHS):
-        np.testing.assert_allclose(got[row, :length], numpy_scores(q[row, :, :length], k[row, :, :length]), atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            got[row, :length], numpy_scores(q[row, :, :length], k[row, :, :length]), atol=1e-5, rtol=0
+        )
         np.testing.assert_allclose(got[row, :length].mean(), 1, atol=1e-5)
         np.testing.assert_array_equal(got[row, length:], 0)
 
@@ -124,7 +126,7 @@ def test_invalid_tokens_are_never_kept_even_as_pivots(pivots):
 
 
 def test_the_example_of_the_papers_code_for_reforged_positions():
-    """4 patches of 4 tokens at t = 20..23, half of them kept: 20 20 20 20 21 21 21 21, and the next chunk starts at 22."""
+    """4 patches of 4 tokens at t = 20..23, half of them kept: 20 20 20 20 21 21 21 21, the next chunk from 22."""
     positions = grid_positions(4, 2, 2, 20)[None]
     kept = positions[:, [0, 2, 5, 7, 8, 10, 13, 15]]
     got = np.asarray(reforge(kept, np.array([8]), np.array([16])))

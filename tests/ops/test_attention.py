@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 
 from longvid_jax.ops import attention
-from longvid_jax.ops.attention import Keys, attend, column_sums
+from longvid_jax.ops.attention import Keys
 
 RNG = np.random.default_rng(0)
+
+
+# Compiled anew for each test: how queries are walked is not among the arguments.
+def attend(q, *runs, **how):
+    return jax.jit(
+        lambda q, arrays: attention.attend(q, *[Keys(*a, r.causal) for a, r in zip(arrays, runs, strict=True)], **how)
+    )(q, [run[:3] for run in runs])
+
+
+def column_sums(*args, **how):
+    return jax.jit(lambda *args: attention.column_sums(*args, **how))(*args)
 
 
 def normal(*shape):
@@ -35,7 +46,9 @@ def weights_of(q, runs, scale):
 
 def expected_attention(q, runs, scale):
     weights = weights_of(q, [(k, valid, causal) for k, _, valid, causal in runs], scale)
-    v = np.concatenate([np.repeat(v.astype(np.float64), q.shape[1] // v.shape[1], axis=1) for _, v, _, _ in runs], axis=2)
+    v = np.concatenate(
+        [np.repeat(v.astype(np.float64), q.shape[1] // v.shape[1], axis=1) for _, v, _, _ in runs], axis=2
+    )
     return np.einsum("bhns,bhsd->bhnd", weights, v)
 
 
@@ -47,12 +60,17 @@ def walk(request, monkeypatch):
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
-@pytest.mark.parametrize("length", [1, 64, 150])
+@pytest.mark.parametrize("length", [1, 150])
 def test_causal_attention_over_past_and_own_keys(walk, heads, kv_heads, length):
     q = normal(2, heads, length, 8)
     past = (normal(2, kv_heads, 37, 8), normal(2, kv_heads, 37, 8), RNG.random((2, 37)) < 0.5, False)
-    own = (normal(2, kv_heads, length, 8), normal(2, kv_heads, length, 8), np.arange(length) < [[length], [1 + length // 2]], True)
-    got = jax.jit(lambda q, past, own: attend(q, Keys(*past, causal=False), Keys(*own, causal=True)))(q, past[:3], own[:3])
+    own = (
+        normal(2, kv_heads, length, 8),
+        normal(2, kv_heads, length, 8),
+        np.arange(length) < [[length], [1 + length // 2]],
+        True,
+    )
+    got = attend(q, Keys(*past), Keys(*own))
     assert got.shape == q.shape
     np.testing.assert_allclose(got, expected_attention(q, [past, own], 8**-0.5), atol=1e-5, rtol=0)
 
@@ -60,7 +78,10 @@ def test_causal_attention_over_past_and_own_keys(walk, heads, kv_heads, length):
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
 def test_runs_come_under_one_softmax_in_any_order(walk, order):
     q = normal(1, 2, 130, 4)
-    runs = [(normal(1, 2, size, 4), normal(1, 2, size, 4), valid, False) for size, valid in ((5, None), (70, None), (3, None))]
+    runs = [
+        (normal(1, 2, size, 4), normal(1, 2, size, 4), valid, False)
+        for size, valid in ((5, None), (70, None), (3, None))
+    ]
     got = attend(q, *[Keys(*runs[i]) for i in order], scale=0.7)
     np.testing.assert_allclose(got, expected_attention(q, runs, 0.7), atol=1e-5, rtol=0)
 
@@ -89,8 +110,7 @@ def test_low_precision_comes_back_in_its_own_dtype_with_a_float32_softmax(dtype)
     np.testing.assert_allclose(got.astype(jnp.float32), expected, atol=2 * float(jnp.finfo(dtype).eps) * 4)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-@pytest.mark.parametrize("length", [1, 64, 150])
+@pytest.mark.parametrize(("heads", "kv_heads", "length"), [(4, 4, 150), (6, 2, 128), (6, 2, 1)])
 def test_column_sums(walk, heads, kv_heads, length):
     q, k = normal(2, heads, length, 8), normal(2, kv_heads, length, 8)
     valid = np.arange(length) < [[length], [1 + length // 2]]
@@ -131,8 +151,8 @@ def test_temporaries_do_not_hold_a_square_of_the_chunk(dtype):
     q = jax.ShapeDtypeStruct((1, heads, chunk, width), dtype)
     k = jax.ShapeDtypeStruct((1, kv_heads, chunk, width), dtype)
     valid = jax.ShapeDtypeStruct((1, chunk), bool)
-    sums = jax.jit(column_sums).lower(q, k, valid, valid).compile().memory_analysis().temp_size_in_bytes
-    attended = jax.jit(lambda q, k, valid: attend(q, Keys(k, k, valid, causal=True))).lower(q, k, valid)
+    sums = jax.jit(attention.column_sums).lower(q, k, valid, valid).compile().memory_analysis().temp_size_in_bytes
+    attended = jax.jit(lambda q, k, valid: attention.attend(q, Keys(k, k, valid, causal=True))).lower(q, k, valid)
     attended = attended.compile().memory_analysis().temp_size_in_bytes
     arrays = (heads + kv_heads) * chunk * width * 4  # q and k once more, as float32
     for temporaries in (sums, attended):
