@@ -1,4 +1,7 @@
-"""Every error that bad input can cause, as a type. Each message is one sentence: what is wrong, what was expected, what to do."""
+"""Every error that bad input can cause, as a type.
+
+Each message is one sentence: what is wrong, what was expected, what to do.
+"""
 
 
 class LongvidError(Exception):

@@ -40,9 +40,9 @@ def decode(
 ) -> Generated:
     """Generates up to max_new_tokens after a prompt whose next-token logits [B, V] are given.
 
-    step(state, tokens int32 [B]) feeds one token a row and returns the state and the next logits. A row ends with any of
-    stop_tokens int32 [K]; the loop ends when all have. temperature None is greedy; otherwise tokens are drawn from the
-    smallest set of most likely ones whose probability reaches top_p.
+    step(state, tokens int32 [B]) feeds one token a row and returns the state and the next logits. A row ends with any
+    of stop_tokens int32 [K]; the loop ends when all have. temperature None is greedy; otherwise tokens are drawn from
+    the smallest set of most likely ones whose probability reaches top_p.
     """
     batch = logits.shape[0]
 

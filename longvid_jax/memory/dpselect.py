@@ -1,7 +1,7 @@
-"""DPSelect: frames (or single patches of frames) where the picture changes most (ReTaKe, arXiv 2412.20504, section 3.2).
+"""DPSelect: frames (or single patches of them) where the picture changes most (ReTaKe, arXiv 2412.20504, section 3.2).
 
-The distance of a temporal patch is one minus the cosine to its predecessor's features (eq. 1); a keyframe is a local peak of
-the distance (eq. 2). Distances are float32.
+The distance of a temporal patch is one minus the cosine to its predecessor's features (eq. 1); a keyframe is a local
+peak of the distance (eq. 2). Distances are float32.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ def keyframes(
 ) -> Keyframes:
     """The peaks and, where there is room, the patches of largest distance after them (eq. 3), in time order.
 
-    features [T, N, D]; valid bool [T] marks real temporal patches, a prefix. num_keep is the width of the result; a traced
-    `count` may ask for fewer, and then the entries behind it are padding.
+    features [T, N, D]; valid bool [T] marks real temporal patches, a prefix. num_keep is the width of the result; a
+    traced `count` may ask for fewer, and then the entries behind it are padding.
     """
     valid = jnp.ones(features.shape[0], bool) if valid is None else valid
     num_keep = min(num_keep, features.shape[0])
@@ -46,7 +46,7 @@ def keyframes(
 def choose(
     features: jax.Array, distance: jax.Array, peak: jax.Array, valid: jax.Array, count: jax.Array | int, width: int
 ) -> Keyframes:
-    """The `count` best of features [T, N, D] in a buffer of `width`: peaks first, then by distance; [T] or [T, N] each."""
+    """The `count` best of features [T, N, D] in a buffer of `width`: peaks first, then by distance ([T] or [T, N])."""
     # Selection runs along time: bring time last, [N, T], or [T] when a frame decides as a whole.
     kept = top_k(
         distance.T, count, width, valid=jnp.broadcast_to(_along(valid, distance), distance.shape).T, first=peak.T
@@ -61,7 +61,7 @@ def choose(
 
 
 def distances(features: jax.Array, before: jax.Array, has_before: jax.Array, *, per_patch: bool = False) -> jax.Array:
-    """One minus the cosine of features [T, N, D] to their predecessors -> float32 [T, N], or their mean [T] over patches.
+    """One minus the cosine of features [T, N, D] to their predecessors: float32 [T, N], or its mean [T] over patches.
 
     `before` [N, D] precedes the first; where there is none (has_before False) the distance is 1.
     """
@@ -74,7 +74,7 @@ def distances(features: jax.Array, before: jax.Array, has_before: jax.Array, *, 
 
 
 def peaks(distance: jax.Array, *, window: int = 3) -> jax.Array:
-    """Local maxima of distance [T, ...] within a centred window of odd width; of equal neighbours the first is the peak."""
+    """Local maxima of distance [T, ...] within a centred window of odd width; of equal neighbours the first counts."""
     lowest = jnp.full((window // 2, *distance.shape[1:]), -jnp.inf)
     padded = jnp.concatenate([lowest, distance, lowest])
     size, half = distance.shape[0], window // 2
@@ -112,7 +112,7 @@ def stream_keyframes(
 ) -> tuple[Lookback, jax.Array, jax.Array]:
     """Peaks (window 3) of the next temporal patches of a stream, as `keyframes` of the whole stream would find them.
 
-    features [T, N, D], of which a prefix `valid` [T] is real; `after` [N, D] is the patch that follows them, if has_after.
+    features [T, N, D], of which a prefix `valid` [T] is real; `after` [N, D] is the patch behind them, if has_after.
     Returns the lookback for the next call, the distances [T, N] or [T] and the peaks, bool of the same shape.
     """
     index, count = jnp.arange(features.shape[0] + 1), valid.sum()

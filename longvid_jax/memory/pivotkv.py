@@ -13,11 +13,11 @@ from longvid_jax.ops.topk import Kept, top_k
 
 
 def scores(q: jax.Array, k: jax.Array, valid: jax.Array, query_valid: jax.Array | None = None) -> jax.Array:
-    """How much attention each token of a chunk draws (eq. 6, summed over queries as the authors' code does): float32 [B, C].
+    """How much attention each token of a chunk draws (eq. 6, summed over queries as the authors do): float32 [B, C].
 
-    q [B, H, N, D] and k [B, K, C, D] are not rotated, so that importance does not depend on position; no causal mask, no
-    history. Without query_valid [B, N] the queries are the chunk's own tokens, masked by valid [B, C]; with it they are the
-    prompt's (prompt-guided scoring, section 4 of the authors' code).
+    q [B, H, N, D] and k [B, K, C, D] are not rotated, so that importance does not depend on position; no causal mask,
+    no history. Without query_valid [B, N] the queries are the chunk's own tokens, masked by valid [B, C]; with it they
+    are the prompt's (prompt-guided scoring, section 4 of the authors' code).
     """
     return column_sums(q, k, valid, valid if query_valid is None else query_valid)
 
@@ -27,8 +27,8 @@ def keep(
 ) -> Kept:
     """The `count` [B] tokens that stay, of scores [B, C] and is_pivot bool [B, C] (from DPSelect).
 
-    pivots="mean" gives pivots the average score 1, as the authors' code does; "always" puts them before all others (eq. 7),
-    among themselves by score. Ties go to the earlier token.
+    pivots="mean" gives pivots the average score 1, as the authors' code does; "always" puts them before all others
+    (eq. 7), among themselves by score. Ties go to the earlier token.
     """
     if is_pivot is None:
         return top_k(scores, count, scores.shape[-1], valid=valid)
@@ -38,9 +38,10 @@ def keep(
 
 
 def reforge(positions: jax.Array, count: jax.Array, total: jax.Array) -> jax.Array:
-    """Positions [B, C, A] of kept tokens with the first axis squeezed to the kept share: min + floor((p - min) count / total).
+    """Positions [B, C, A] of kept tokens with the first axis squeezed to the kept share.
 
-    The others (height and width) stay. count, total int32 [B]: tokens kept and tokens there were.
+    It becomes min + floor((p - min) count / total); the others (height and width) stay.
+    count, total int32 [B]: tokens kept and tokens there were.
     """
     time = positions[..., 0]
     start = time[:, :1]  # kept tokens come in time order
@@ -58,8 +59,8 @@ def compress(
 ):
     """A `select` for ops.kv_cache.attention that stores the best `count` [B] tokens of each chunk.
 
-    valid and is_pivot bool [B, C]. With query_valid [B, N - C] the block's tokens behind the first C are the prompt: they score
-    and are not stored.
+    valid and is_pivot bool [B, C]. With query_valid [B, N - C] the block's tokens behind the first C are the prompt:
+    they score and are not stored.
     """
     chunk = valid.shape[1]
     total = valid.sum(-1, dtype=jnp.int32)

@@ -12,7 +12,7 @@ from longvid_jax.ops.kv_cache import KVCache
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What is known of one chunk of video that the decoder has read. T temporal patches, `patches` of which are real."""
+    """What is known of one chunk of video that the decoder has read: T temporal patches, `patches` of them real."""
 
     offset: np.ndarray  # int [] where its tokens start in the cache
     patches: np.ndarray  # int [B]

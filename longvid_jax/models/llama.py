@@ -143,8 +143,8 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, kv_cache.KVCache | None]:
         """Hidden states [B, N, width] of embeddings x [B, N, width] at positions int32 [B, N, A], and the cache.
 
-        valid bool [B, N]. Without a cache this is plain causal attention. With one, the tokens also attend to all that it
-        holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
+        valid bool [B, N]. Without a cache this is plain causal attention. With one, the tokens also attend to all that
+        it holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
         cache on with ops.kv_cache.advance.
         """
         rope = self.config.rope

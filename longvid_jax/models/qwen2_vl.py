@@ -1,4 +1,7 @@
-"""Qwen2-VL (arXiv 2409.12191): a vision tower with 2-D rotary embedding and a spatial merger, and a Qwen2 decoder with M-RoPE."""
+"""Qwen2-VL (arXiv 2409.12191).
+
+A vision tower with 2-D rotary embedding and a spatial merger, and a Qwen2 decoder with M-RoPE.
+"""
 
 import dataclasses
 
@@ -139,7 +142,8 @@ class VisionTower(nnx.Module):
     def __call__(self, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
         """Tokens [F, N, out_width] of patches [F, P, channels * temporal * patch^2] of F temporal patches.
 
-        grid is (rows, columns) of patches, P = rows * columns, in merge blocks as the processors lay them out; N = P / merge^2.
+        grid is (rows, columns) of patches, P = rows * columns, in merge blocks as the processors lay them out;
+        N = P / merge^2.
         """
         x = self.patch_embed(patches.astype(self.patch_embed.kernel.dtype))
         angles = vision_angles(self.config, grid)
@@ -152,7 +156,10 @@ class VisionTower(nnx.Module):
 
 
 def vision_angles(config: VisionConfig, grid: tuple[int, int]) -> np.ndarray:
-    """Angles float32 [P, head_dim / 2] of the 2-D rotary embedding: a quarter of a head turns with the row, one with the column."""
+    """Angles float32 [P, head_dim / 2] of the 2-D rotary embedding.
+
+    A quarter of a head turns with the row, one with the column.
+    """
     quarter = config.width // config.heads // 4
     frequencies = 1.0 / (10000.0 ** (np.arange(quarter, dtype=np.float32) / quarter))
     rows_columns = np.stack(np.meshgrid(np.arange(grid[0]), np.arange(grid[1]), indexing="ij"), axis=-1)

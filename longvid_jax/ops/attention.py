@@ -1,7 +1,7 @@
 """The one place where attention is computed and its kernel chosen.
 
-Queries are walked in blocks, so that the largest temporary is [heads, block, keys] however long the sequence is. Logits and
-softmax are float32, products run in the arrays' dtype with float32 accumulation.
+Queries are walked in blocks, so that the largest temporary is [heads, block, keys] however long the sequence is. Logits
+and softmax are float32, products run in the arrays' dtype with float32 accumulation.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,8 @@ def column_sums(
 ) -> jax.Array:
     """How much attention each key draws: softmax(q k^T) summed over queries and averaged over heads, float32 [B, S].
 
-    q [B, H, N, D], k [B, K, S, D]; only valid [B, S] keys draw any, only query_valid [B, N] queries give any. No causal mask.
+    q [B, H, N, D], k [B, K, S, D]; only valid [B, S] keys draw any, only query_valid [B, N] queries give any. No causal
+    mask.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -73,7 +74,7 @@ def column_sums(
 
 def _logits(q: jax.Array, run: Keys, start, scale: float) -> jax.Array:
     """Masked logits float32 [B, K, G, n, S] of the queries start..start+n."""
-    # XLA transposes the second operand of such a product on CPUs: for few queries the logits are moved instead of the keys.
+    # XLA transposes the second operand of such a product on CPUs: for few queries the logits move, not the keys.
     few = q.shape[2] * q.shape[3] <= q.shape[4]
     if few:
         logits = jnp.einsum("bksd,bkgnd->bksgn", run.k, q, preferred_element_type=jnp.float32)

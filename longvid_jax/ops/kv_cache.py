@@ -1,8 +1,8 @@
 """A preallocated key-value cache that layers read and append to, in place.
 
-Its arrays have the token axis second to last. They are stacked over layers ([L, ...], for scanned layers) or tuples with one
-array a layer (for unrolled ones). All rows of a batch append at one shared offset; a row with fewer tokens leaves a hole,
-which `valid` masks.
+Its arrays have the token axis second to last. They are stacked over layers ([L, ...], for scanned layers) or tuples
+with one array a layer (for unrolled ones). All rows of a batch append at one shared offset; a row with fewer tokens
+leaves a hole, which `valid` masks.
 """
 
 import dataclasses
@@ -48,8 +48,8 @@ class Block(NamedTuple):
     source: jax.Array  # int32 [B, N]
 
 
-# Chooses what is stored: select(q, k, v, positions, rope), with q [B, H, N, D] and k, v [B, K, N, D] not rotated yet, gives a
-# Block and how many of its entries are real, int32 [B].
+# Chooses what is stored: select(q, k, v, positions, rope), with q [B, H, N, D] and k, v [B, K, N, D] not rotated yet,
+# gives a Block and how many of its entries are real, int32 [B].
 Select = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Rope], tuple[Block, jax.Array]]
 
 
@@ -126,10 +126,11 @@ def attention(
 ) -> tuple[jax.Array, KVCache]:
     """One layer's attention of a block of tokens over the cache and, causally, over itself; then the block is stored.
 
-    q [B, H, N, D] and k, v [B, K, N, D] are not rotated yet; positions int32 [B, N, A]; valid bool [B, N], valid tokens first.
-    `follow` moves the block behind the layer's last stored token, which compression may have moved (ReTaKe's re-forged positions,
-    arXiv 2412.20504 section 3.3): "time" along the first position axis only, "all" along all. `select` decides what is stored; without it everything is. `valid` and `offset`
-    of the cache move once for all layers, with `advance`.
+    q [B, H, N, D] and k, v [B, K, N, D] are not rotated yet; positions int32 [B, N, A]; valid bool [B, N], valid
+    tokens first. `follow` moves the block behind the layer's last stored token, which compression may have moved
+    (ReTaKe's re-forged positions, arXiv 2412.20504 section 3.3): "time" along the first position axis only,
+    "all" along all. `select` decides what is stored; without it everything is. `valid` and `offset` of the cache move
+    once for all layers, with `advance`.
     """
     if follow is not None:
         shift = (cache.last[layer] + 1 - positions[:, 0, 0])[:, None, None]
@@ -155,7 +156,7 @@ def attention(
 
 
 def advance(cache: KVCache, count: jax.Array, width: int) -> KVCache:
-    """After all layers stored a block `width` wide of which `count` [B] are real: they become valid, the offset moves."""
+    """After all layers stored a block `width` wide, `count` [B] of it real: these become valid, the offset moves."""
     valid = jnp.arange(width) < count[:, None]
     return dataclasses.replace(
         cache,
@@ -168,7 +169,8 @@ def _once_known(context: jax.Array, offset: jax.Array) -> jax.Array:
     """offset, computed such that it waits for context.
 
     With nothing that orders the write behind the read XLA copies the whole cache, for every token, to have both;
-    on CPUs an optimization_barrier is gone by the time it decides. The minimum is always 0, which XLA does not find out.
+    on CPUs an optimization_barrier is gone by the time it decides. The minimum is always 0, which XLA does not find
+    out.
     """
     return offset + jnp.minimum(jnp.isnan(context[0, 0, 0, 0]).astype(jnp.int32), 0)
 

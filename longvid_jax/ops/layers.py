@@ -12,8 +12,8 @@ Carry = TypeVar("Carry")
 def layers(fn: Callable, stack, carry: Carry) -> Carry:
     """Runs carry = fn(layer, index, carry) over all layers.
 
-    A stack (one module whose leaves have a leading layer axis) is scanned: small programs, one compile of the body. A tuple
-    is unrolled, with a Python integer as index: on the CPU separate arrays decode several times as fast.
+    A stack (one module whose leaves have a leading layer axis) is scanned: small programs, one compile of the body. A
+    tuple is unrolled, with a Python integer as index: on the CPU separate arrays decode several times as fast.
     """
     if isinstance(stack, tuple):
         for index, layer in enumerate(stack):

@@ -48,6 +48,6 @@ def top_k(
 
 
 def compact(mask: jax.Array, width: int) -> jax.Array:
-    """Indices int32 [..., width] that bring the True entries of mask [..., C] to the front, in order, then the others."""
+    """Indices int32 [..., width] that bring the True entries of mask [..., C] to the front in order, then the rest."""
     index = jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
     return jax.lax.sort([(~mask).astype(jnp.int32), index], num_keys=1, is_stable=True)[-1][..., :width]

@@ -28,6 +28,7 @@ def make_mesh(
     shape = [len(devices) // known if size == -1 else size for size in shape]
     if int(np.prod(shape)) != len(devices):
         raise OptionError(
-            f"The mesh {dict(zip(AXES, shape, strict=True))} has {int(np.prod(shape))} places for {len(devices)} devices."
+            f"The mesh {dict(zip(AXES, shape, strict=True))} has {int(np.prod(shape))} places for "
+            f"{len(devices)} devices."
         )
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -59,7 +59,7 @@ def compile_retake(
     static: steps.Static | None = None,
     dtype=jnp.bfloat16,
 ) -> dict[str, jax.stages.Compiled]:
-    """ReTaKe's steps compiled for a mesh: "encode" a window, "read" it (the prefill step), "write" an answer (decoding).
+    """ReTaKe's steps compiled for a mesh: "encode" a window, "read" it (the prefill step), "write" an answer (decode).
 
     grid is (rows, columns) of tokens in a temporal patch, capacity the tokens a row's cache holds.
     """

@@ -32,8 +32,8 @@ def video_prompt(tokenizer, instruction: str, video_token: int) -> tuple[list[in
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids.count(video_token) != 1:
         raise PromptError(
-            f"The prompt holds the video token {video_token} {ids.count(video_token)} times instead of once; take special tokens "
-            "out of the question, or mend the checkpoint's chat template."
+            f"The prompt holds the video token {video_token} {ids.count(video_token)} times instead of once; "
+            "take special tokens out of the question, or mend the checkpoint's chat template."
         )
     at = ids.index(video_token)
     return ids[:at], ids[at + 1 :]

@@ -17,12 +17,12 @@ from longvid_jax.systems.settings import Settings
 def load(source, method: ReTaKe | None = None, dtype=None, mesh=None, *, stacked: bool | None = None) -> RetakeModel:
     """A model that answers questions about videos, from a Hugging Face folder or hub id.
 
-    method: lv.ReTaKe(...), or None for the plain model. dtype: of parameters and activations; by default what the device is
-    good at. mesh: a jax.sharding.Mesh over which parameters and caches are spread (see scale.make_mesh). stacked: layers as
-    one scanned stack (the default on TPUs and with a mesh) or as a tuple.
+    method: lv.ReTaKe(...), or None for the plain model. dtype: of parameters and activations; by default what the
+    device is good at. mesh: a jax.sharding.Mesh over which parameters and caches are spread (see scale.make_mesh).
+    stacked: layers as one scanned stack (the default on TPUs and with a mesh) or as a tuple.
 
-    Weights are read slice by slice, straight to where they belong; every tensor must be used and every parameter filled.
-    Raises CheckpointError with all that does not fit.
+    Weights are read slice by slice, straight to where they belong; every tensor must be used and every parameter
+    filled. Raises CheckpointError with all that does not fit.
     """
     if method is not None and not isinstance(method, ReTaKe):
         raise OptionError(f"method is {method!r}, but must be lv.ReTaKe(...) or None.")
@@ -54,13 +54,13 @@ def _config(weights: convert.Source) -> Qwen2VLConfig:
     text, vision = config.text, config.vision
     if sum(text.rope.sections or ()) != text.rope.head_dim // 2:
         raise CheckpointError(
-            f"{weights.name}: mrope_section under rope_scaling in config.json is {text.rope.sections}, but must be three numbers "
-            f"with the sum {text.rope.head_dim // 2}, half a head's width."
+            f"{weights.name}: mrope_section under rope_scaling in config.json is {text.rope.sections}, but must be "
+            f"three numbers with the sum {text.rope.head_dim // 2}, half a head's width."
         )
     if not vision.heads or vision.width % (4 * vision.heads):
         raise CheckpointError(
-            f"{weights.name}: num_heads under vision_config in config.json is {vision.heads}, but the width {vision.width} must be "
-            "divisible by four times it."
+            f"{weights.name}: num_heads under vision_config in config.json is {vision.heads}, but the width "
+            f"{vision.width} must be divisible by four times it."
         )
     return config
 

@@ -26,7 +26,7 @@ class Row:
 
 
 def split(input_ids, attention_mask, mm_token_type_ids, video_grid_thw, settings: Settings, merge: int) -> list[Row]:
-    """The rows of input_ids int [B, S]; video_grid_thw int [B, 3] counts patches, merge x merge of which are one token."""
+    """The rows of input_ids int [B, S]; video_grid_thw int [B, 3] counts patches, merge x merge of them to a token."""
     input_ids = np.asarray(input_ids)
     if input_ids.ndim != 2:
         raise PromptError(f"input_ids has the shape {list(input_ids.shape)}, but must be [batch, length].")
@@ -70,7 +70,7 @@ def _row(ids: list[int], grid: np.ndarray, settings: Settings, merge: int) -> Ro
 
 
 def windows(pixel_values, rows: Sequence[Row], length: int, vision: VisionConfig) -> Iterator[np.ndarray]:
-    """Windows [B, length, P, X] of the packed pixel_values_videos [patches, X], zeros behind the end of a shorter row."""
+    """Windows [B, length, P, X] of the packed pixel_values_videos [patches, X], zeros behind a shorter row's end."""
     per_frame = rows[0].tokens * vision.merge**2
     width = vision.channels * vision.temporal * vision.patch**2
     total = sum(row.patches for row in rows) * per_frame

@@ -42,7 +42,7 @@ class Trace:
 
     @cached_property
     def times(self) -> np.ndarray:
-        """float [B, T] seconds: when each temporal patch that the decoder read begins; NaN behind the end of a shorter row."""
+        """float [B, T] seconds: when each temporal patch the decoder read begins; NaN behind a shorter row's end."""
         return self._along_video("times")
 
     @cached_property

@@ -1,7 +1,8 @@
 """ReTaKe (arXiv 2412.20504): training-free key frames and KV-cache compression, on Qwen2-VL.
 
-The decoder reads the video in chunks. A chunk's tokens attend to each other and to what was kept of all chunks before; then
-each layer keeps the share of the chunk's keys and values that its own queries attend to most. Text is never compressed.
+The decoder reads the video in chunks. A chunk's tokens attend to each other and to what was kept of all chunks before;
+then each layer keeps the share of the chunk's keys and values that its own queries attend to most. Text is never
+compressed.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ class ReTaKe:
     chunk_frames: sampled frames the decoder reads at a time; two make a temporal patch.
     dpselect: "patch" marks pivots per patch position, "frame" per temporal patch, None marks none.
     dpselect_ratio: share of the temporal patches that DPSelect lets through; 1 only marks pivots.
-    pivots: "mean" gives them the average score, as the authors' code does; "always" keeps them first, as the paper says.
+    pivots: "mean" gives them the average score, as in the authors' code; "always" keeps them first, as in the paper.
     reforge: kept tokens move together in time (section 3.3). yarn_factor: YaRN for contexts beyond the trained length.
     prompt_guided: the question's tokens score, instead of the chunk's own; then a memory answers that question only.
     """
@@ -88,7 +89,7 @@ class RetakeModel:
         static = steps.Static(method is not None, choices.dpselect, choices.pivots, choices.reforge)
         self._reader = Reader(model, choices, static, mesh)
 
-    # --- watching -----------------------------------------------------------------------------------------------------------
+    # --- watching -----------------------------------------------------------------------------------------------------
 
     @property
     def window(self) -> int:
@@ -96,7 +97,7 @@ class RetakeModel:
         return self._reader.method.chunk_frames
 
     def frame_size(self, video: Video) -> tuple[int, int]:
-        """Height and width at which the model looks at a video (Qwen2-VL's resize rule, or the video's own long_side)."""
+        """Height and width at which the model sees a video (Qwen2-VL's resize rule, or the video's own long_side)."""
         vision = self.model.config.vision
         probe, factor = video.probe, vision.patch * vision.merge
         limits = {"min_pixels": self.settings.min_pixels, "max_pixels": self.settings.max_pixels}
@@ -151,7 +152,7 @@ class RetakeModel:
             waiting = jax.tree.map(lambda x: x[:, self.window :], waiting)
         return dataclasses.replace(memory, waiting=waiting if waiting.valid.shape[1] else None)
 
-    # --- answering ----------------------------------------------------------------------------------------------------------
+    # --- answering ----------------------------------------------------------------------------------------------------
 
     def answer(
         self,
@@ -183,8 +184,8 @@ class RetakeModel:
     ) -> Answer | list[Answer]:
         """Watches a video and answers; several questions about one video make a list of answers after one watching.
 
-        A list of videos with a list of questions makes a batch. profile=True measures the seconds of each stage (and makes
-        them wait for each other); progress(frames) is called after each window; decoding options as for `answer`.
+        A list of videos with a list of questions makes a batch. profile=True measures the seconds of each stage (and
+        makes them wait for each other); progress(frames) is called after each window; decoding options as for `answer`.
         """
         batched = (
             not isinstance(video, Video | str) and not hasattr(video, "__fspath__") and isinstance(video, Sequence)
@@ -232,9 +233,9 @@ class RetakeModel:
     ) -> Output:
         """Continues what the Hugging Face processors make: one video a row, or none in any row.
 
-        input_ids, attention_mask, mm_token_type_ids int [B, S] (padded on either side); pixel_values_videos [patches of all rows,
-        channels * temporal * patch^2]; video_grid_thw int [B, 3]. Images are a PromptError. With dpselect_ratio < 1 frames
-        are dropped over the whole video, after all of it was encoded.
+        input_ids, attention_mask, mm_token_type_ids int [B, S] (padded on either side); pixel_values_videos [patches
+        of all rows, channels * temporal * patch^2]; video_grid_thw int [B, 3]. Images are a PromptError. With
+        dpselect_ratio < 1 frames are dropped over the whole video, after all of it was encoded.
         """
         if pixel_values is not None or image_grid_thw is not None:
             raise PromptError("pixel_values holds images, but only videos can be watched; give pixel_values_videos.")
@@ -260,7 +261,7 @@ class RetakeModel:
         cache = out.state if return_cache else None
         return Output(np.asarray(out.tokens)[:, :count], out.logits[:, :count], trace, cache)
 
-    # --- what the public methods are made of --------------------------------------------------------------------------------
+    # --- what the public methods are made of --------------------------------------------------------------------------
 
     def _prompt(self, instruction: str) -> tuple[list[int], list[int]]:
         return chat.video_prompt(self.tokenizer, instruction, self.settings.video_token)
@@ -334,8 +335,8 @@ class RetakeModel:
             text = pad_text([self._prompt(each)[1] for each in instructions])
             if self._reader.method.prompt_guided and not np.array_equal(text, memory.prompt):
                 raise InstructionError(
-                    "This memory was compressed for the question it began with (prompt_guided=True); begin() and watch again to "
-                    "ask another, or use prompt_guided=False."
+                    "This memory was compressed for the question it began with (prompt_guided=True); begin() and watch "
+                    "again to ask another, or use prompt_guided=False."
                 )
         with self._reader.on_mesh():
             out, trace = self._decode(memory, text, **decoding)
@@ -409,7 +410,7 @@ def _join(waiting: Waiting | None, frames: Frames) -> Waiting:
 
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float] | None, stage: str):
-    """Adds the time of a stage to `seconds`, waiting for what the body hands over; does nothing where seconds is None."""
+    """Adds the time of a stage to `seconds`, waiting for what the body hands over; nothing where seconds is None."""
     results, start = [], time.perf_counter()
 
     def done(result):

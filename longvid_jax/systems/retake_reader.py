@@ -1,4 +1,7 @@
-"""The machine behind ReTaKe's interface: chunks go in, the memory's bookkeeping is done on the host, compiled steps do the rest."""
+"""The machine behind ReTaKe's interface.
+
+Chunks go in, the memory's bookkeeping is done on the host, compiled steps do the rest.
+"""
 
 import contextlib
 import dataclasses
@@ -22,7 +25,8 @@ TEXT_BUCKET = 16  # text is padded to this many tokens times a power of two, so 
 class Reader:
     """Reads text and chunks of features into a memory, on one model with one method's choices.
 
-    Which tokens stay is decided on the device; how many is worked out here, in float64, so nothing waits for the device.
+    Which tokens stay is decided on the device; how many is worked out here, in float64, so nothing waits for the
+    device.
     """
 
     def __init__(self, model: Qwen2VL, method, static: steps.Static, mesh=None):
@@ -40,7 +44,10 @@ class Reader:
         expected: np.ndarray,
         grid: tuple[int, int] | None,
     ) -> RetakeMemory:
-        """A memory that has read the text `before` the video, token ids a row; `expected` [B] temporal patches (0: unknown)."""
+        """A memory that has read the text `before` the video: token ids a row.
+
+        `expected` [B] temporal patches (0: unknown).
+        """
         batch = len(before)
         memory = RetakeMemory(
             cache=None,
@@ -64,7 +71,7 @@ class Reader:
         return dataclasses.replace(memory, cache=cache)
 
     def look(self, memory: RetakeMemory, features: jax.Array, patches: np.ndarray, times: np.ndarray) -> RetakeMemory:
-        """Takes in the features [B, length, N, D] of the next chunk; the decoder reads the one that was held back before it."""
+        """Takes in the features [B, length, N, D] of the next chunk; the decoder reads the one held back before it."""
         memory = self._read_pending(memory, features[:, 0], patches > 0)
         return dataclasses.replace(memory, pending=Pending(features, patches, times))
 
@@ -103,7 +110,8 @@ class Reader:
         length, seen = (text >= 0).sum(1), memory.read + memory.dropped
         self.check_length(int(memory.start.max()), int(length.max()), max_new_tokens, int(self._span(memory).max()))
         memory = self._with_room(memory, text.shape[1] + max_new_tokens)
-        # M-RoPE: text goes on behind the largest position of the video on any axis (ids of dropped patches are taken back).
+        # M-RoPE: text goes on behind the largest position of the video on any axis (ids of dropped patches are taken
+        # back).
         start = memory.start + np.where(seen > 0, np.maximum(seen, memory.grid.max()), 0) - memory.dropped
         cache, logits = steps.read_text(self.model, memory.cache, text, start, static=self.static)
         out = steps.write_answer(
@@ -163,16 +171,17 @@ class Reader:
         return dataclasses.replace(memory, cache=cache, read=memory.read + patches, chunks=(*memory.chunks, line))
 
     def check_length(self, before: int, behind: int, max_new_tokens: int, video: int = 0) -> None:
-        """Raises PromptError where text, video (positions in time) and answer reach further than the model counts positions."""
+        """Raises PromptError where text, video (positions in time) and answer exceed the positions the model counts."""
         rope = self.model.config.text.rope
         limit = int(rope.original_length * rope.factor)
         if before + video + behind + max_new_tokens > limit:
             raise PromptError(
-                f"The prompt is too long: {before + behind} tokens of text, {video} temporal patches of video and {max_new_tokens} "
-                f"new tokens exceed the model's {limit} positions; shorten the question, sample fewer frames, or use yarn_factor."
+                f"The prompt is too long: {before + behind} tokens of text, {video} temporal patches of video and "
+                f"{max_new_tokens} new tokens exceed the model's {limit} positions; shorten the question, sample fewer "
+                "frames, or use yarn_factor."
             )
 
-    # --- counts, on the host ------------------------------------------------------------------------------------------------
+    # --- counts, on the host ------------------------------------------------------------------------------------------
 
     def _ratio(self, memory: RetakeMemory) -> np.ndarray:
         """float64 [B]: the share of a chunk's tokens that stays."""
@@ -196,7 +205,7 @@ class Reader:
         return sum(spans, np.zeros_like(memory.start))
 
     def _let_through(self, patches: np.ndarray) -> np.ndarray:
-        """How many temporal patches DPSelect lets through; halves go to the even number, as the authors' round() does."""
+        """How many temporal patches DPSelect lets through; halves go to the even number, as in the authors' round()."""
         count = np.maximum(1, np.rint(self.method.dpselect_ratio * patches).astype(np.int64))
         return np.minimum(count, patches)
 

@@ -44,7 +44,7 @@ def encode_patches(model: Qwen2VL, patches: jax.Array, *, grid: tuple[int, int])
 
 
 class Marked(NamedTuple):
-    """A chunk as DPSelect leaves it: features [B, T, N, D], peaks bool [B, T] or [B, T, N], and a line for the trace."""
+    """A chunk as DPSelect leaves it: features [B, T, N, D], peaks bool [B, T] or [B, T, N], a line for the trace."""
 
     lookback: Lookback
     features: jax.Array
@@ -105,9 +105,10 @@ def read_chunk(
 ) -> KVCache:
     """The decoder reads a chunk of video and stores the `count` [B] tokens of it that PivotKV keeps.
 
-    features [B, T, N, D] of which `patches` [B] temporal patches are real; peak bool [B, T] or [B, T, N]; the chunk's first
-    patch stands at position start + time (both [B]). grid is (rows, columns) of tokens, N = rows * columns. prompt int32
-    [B, S] (-1: none) are the tokens that score where compression is guided by the prompt; they are not stored.
+    features [B, T, N, D] of which `patches` [B] temporal patches are real; peak bool [B, T] or [B, T, N]; the chunk's
+    first patch stands at position start + time (both [B]). grid is (rows, columns) of tokens, N = rows * columns.
+    prompt int32 [B, S] (-1: none) are the tokens that score where compression is guided by the prompt; they are not
+    stored.
     """
     batch, length, tokens, width = features.shape
     chunk = length * tokens
@@ -139,7 +140,7 @@ def read_chunk(
 def read_text(
     model: Qwen2VL, cache: KVCache, ids: jax.Array, start: jax.Array, *, static: Static
 ) -> tuple[KVCache, jax.Array]:
-    """The decoder reads text ids int32 [B, N] (-1: padding behind it) at positions from start [B] on; all of it is stored.
+    """The decoder reads text ids int32 [B, N] (-1: padding behind it) at positions from start [B] on and stores all.
 
     Returns the logits float32 [B, V] that follow each row's last token.
     """

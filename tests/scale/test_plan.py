@@ -20,7 +20,7 @@ def compiled():
 
 
 def test_prefill_and_decoding_compile_for_v5e(compiled):
-    """Within a v5e's 16 GiB; tensor parallelism needs sums of partial products, and compression itself no collective."""
+    """Within a v5e's 16 GiB; tensor parallelism needs sums of partial products, compression itself no collective."""
     plans = {name: plan.summary(step) for name, step in compiled.items()}
     assert set(plans) == {"encode", "read", "write"}
     for step in plans.values():
