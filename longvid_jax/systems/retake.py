@@ -134,7 +134,8 @@ class RetakeModel:
             if len(videos) != len(instructions):
                 raise OptionError(f"{len(instructions)} questions for {len(videos)} videos: give one question a video.")
             expected_frames, grid = [len(video) for video in videos], self._grid(self.frame_size(videos[0]))
-        expected = np.broadcast_to(np.asarray(expected_frames or 0, np.int64), len(instructions))
+        expected = np.asarray(0 if expected_frames is None else expected_frames, np.int64)
+        expected = np.broadcast_to(expected, len(instructions))
         if self._reader.method.budget is not None and not expected.all():
             raise OptionError("A budget needs the video's length; give begin() the video or expected_frames.")
         with self._reader.on_mesh():
@@ -146,6 +147,9 @@ class RetakeModel:
         Frames wait on the host until they fill a chunk, so how they are cut into windows changes nothing.
         """
         waiting = _join(memory.waiting, frames)
+        ended = memory.frames < memory.frames.max()
+        if (frames.valid & ended[:, None]).any() or (np.diff(waiting.valid.astype(int), axis=1) > 0).any():
+            raise OptionError("A row of a batch has ended once it has a frame that is not valid; more came behind one.")
         memory = dataclasses.replace(memory, waiting=None, frames=memory.frames + frames.valid.sum(1))
         while waiting.valid.shape[1] >= self.window:
             memory = self._look(memory, jax.tree.map(lambda x: x[:, : self.window], waiting))
@@ -283,11 +287,10 @@ class RetakeModel:
                 f"Frames of {size[1]}x{size[0]} do not fit this memory; take them from model.stream(video)."
             )
         with self._reader.on_mesh():
+            # A lone last frame makes a temporal patch with itself.
             features = steps.encode_frames(
                 self.model,
-                preprocess.fill_invalid(
-                    window.pixels, window.valid
-                ),  # a lone last frame makes a temporal patch with itself
+                preprocess.fill_invalid(window.pixels, window.valid),
                 grid=(grid[0] * vision.merge, grid[1] * vision.merge),
                 mean=settings.mean,
                 std=settings.std,

@@ -313,6 +313,11 @@ def test_calls_that_do_not_go(load, pixels):
     memory = watch(model, [QUESTION], [pixels[:2]])
     with pytest.raises(lv.OptionError, match="do not fit|one size"):
         model.watch(memory, lv.Frames(np.zeros((1, 4, 20, 20, 3), np.uint8), np.zeros((1, 4)), np.ones((1, 4), bool)))
+    for gap in ([[1, 0, 1], [1, 1, 1]], [[1, 0, 0], [1, 1, 1]]):
+        two = model.begin([QUESTION, QUESTION])
+        window = lv.Frames(np.zeros((2, 3, 16, 24, 3), np.uint8), np.zeros((2, 3)), np.array(gap, bool))
+        with pytest.raises(lv.OptionError, match="has ended"):
+            model.watch(model.watch(two, window), dataclasses.replace(window, valid=np.ones((2, 3), bool)))
     with pytest.raises(lv.OptionError, match="max_new_tokens"):
         model.answer(memory, max_new_tokens=0)
     without = type(model)(model.model, model.settings, method=model.method)
