@@ -102,7 +102,7 @@ def test_what_is_kept_equals_numpy(pivots, ties):
 
 def test_mean_gives_pivots_the_average_score_and_no_slot():
     """Pivots at 1 lose against better tokens and win against worse ones; among themselves the earlier wins."""
-    made = np.array([[1.5, 0.2, 0.9, 1.2, 0.1, 2.1]], np.float32)
+    made = np.array([[1.5, 0.2, 0.999, 1.001, 0.1, 2.1]], np.float32)
     pivot = np.array([[False, True, False, False, True, False]])
     for count, expected in ((3, [0, 3, 5]), (4, [0, 1, 3, 5]), (5, [0, 1, 3, 4, 5])):
         got = keep(made, pivot, np.array([count]), np.ones((1, 6), bool), pivots="mean")
