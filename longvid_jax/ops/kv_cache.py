@@ -166,13 +166,19 @@ def advance(cache: KVCache, count: jax.Array, width: int) -> KVCache:
 
 
 def _once_known(context: jax.Array, offset: jax.Array) -> jax.Array:
-    """offset, computed such that it waits for context.
+    """offset, which waits for context.
 
-    With nothing that orders the write behind the read XLA copies the whole cache, for every token, to have both;
-    on CPUs an optimization_barrier is gone by the time it decides. The minimum is always 0, which XLA does not find
-    out.
+    With nothing that orders the write behind the read XLA may copy the whole cache, for every token, to have both.
     """
-    return offset + jnp.minimum(jnp.isnan(context[0, 0, 0, 0]).astype(jnp.int32), 0)
+
+    def minimum(context, offset):
+        # On CPUs a barrier is gone by the time it decides; the minimum is always 0, which XLA does not find out.
+        return offset + jnp.minimum(jnp.isnan(context[0, 0, 0, 0]).astype(jnp.int32), 0)
+
+    def barrier(context, offset):  # costs no collective where context is sharded
+        return jax.lax.optimization_barrier((context, offset))[1]
+
+    return jax.lax.platform_dependent(context, offset, cpu=minimum, default=barrier)
 
 
 def _attend_prefix(cache: KVCache, layer, q: jax.Array, own: Keys) -> jax.Array:

@@ -108,7 +108,8 @@ def read_index(path: str) -> Index:
     if "mp4" in form:  # counts its frames one by one; what other headers count is an estimate
         missing = max(0, header[0] - packets)
     elif "matroska" in form and header[1] and header[1] / 1e6 > duration + 1:
-        missing = max(0, round((header[1] / 1e6 - _last_time(path)) * fps))
+        # At the header's rate: near the break frames are missing already, so their own mean rate is too low.
+        missing = max(0, round((header[1] / 1e6 - _last_time(path)) * float(rate)))
     turned = _quarter_turns(first)
     width, height = (first.width, first.height)[:: -1 if turned % 2 else 1]
     probe = Probe(width, height, fps, duration, len(ticks), codec, 90 * turned)
