@@ -4,6 +4,7 @@ Queries are walked in blocks, so that the largest temporary is [heads, block, ke
 and softmax are float32, products run in the arrays' dtype with float32 accumulation.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -31,14 +32,12 @@ def attend(q: jax.Array, *runs: Keys, scale: float | None = None) -> jax.Array:
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
     def block(q, start):  # q [B, K, G, n, D]
-        logits = jnp.concatenate([_logits(q, run, start, scale) for run in runs], axis=-1)
-        weights = jax.nn.softmax(logits, axis=-1)
-        parts, offset = [], 0
-        for run in runs:
-            part = jax.lax.slice_in_dim(weights, offset, offset + run.k.shape[2], axis=-1).astype(run.v.dtype)
-            parts.append(jnp.einsum("bkgns,bksd->bkgnd", part, run.v, preferred_element_type=jnp.float32))
-            offset += run.k.shape[2]
-        return sum(parts).astype(q.dtype)
+        weights, totals = _weights([_logits(q, run, start, scale) for run in runs])
+        parts = [
+            jnp.einsum("bkgns,bksd->bkgnd", w.astype(run.v.dtype), run.v, preferred_element_type=jnp.float32)
+            for w, run in zip(weights, runs, strict=True)
+        ]
+        return (sum(parts) / totals[..., None]).astype(q.dtype)
 
     grouped = q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
     out = _over_blocks(block, grouped, sum(run.k.shape[2] for run in runs))
@@ -59,8 +58,10 @@ def column_sums(
     counted = jnp.ones((q.shape[0], q.shape[2]), bool) if query_valid is None else query_valid
 
     def block(total, start, q, counted):
-        weights = jax.nn.softmax(_logits(q, Keys(k, k, valid), start, scale), axis=-1)
-        return total + jnp.einsum("bkgns,bn->bs", weights, counted.astype(jnp.float32)) / heads
+        (weights,), totals = _weights([_logits(q, Keys(k, k, valid), start, scale)])
+        shares = counted[:, None, None].astype(jnp.float32) / (totals * heads)
+        # As products of a row and a matrix a head: one contraction over heads too is several times as slow on CPUs.
+        return total + jnp.einsum("bkgn,bkgns->bkgs", shares, weights).sum((1, 2))
 
     size = _block_size(grouped, k.shape[2])
     count = -(-q.shape[2] // size)
@@ -70,6 +71,13 @@ def column_sums(
     pieces = _split(grouped, 3, size), _split(counted, 1, size)  # padding queries count nothing
     total, _ = jax.lax.scan(lambda total, xs: (block(total, *xs), None), total, (jnp.arange(count) * size, *pieces))
     return total * valid
+
+
+def _weights(logits: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+    """The runs' weights [..., S] of one softmax over all of them, and what these sum to [...]: divided by it later."""
+    highest = functools.reduce(jnp.maximum, [x.max(-1) for x in logits])
+    weights = [jnp.exp(x - highest[..., None]) for x in logits]
+    return weights, sum(w.sum(-1) for w in weights)
 
 
 def _logits(q: jax.Array, run: Keys, start, scale: float) -> jax.Array:
