@@ -52,7 +52,7 @@ SEVEN_B = Qwen2VLConfig(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `longvid bench retake`."""
     parser.add_argument(
-        "--size", choices=("small", "7b"), default="small", help="of the random model: 27 M parameters or Qwen2-VL-7B's"
+        "--size", choices=("small", "7b"), default="small", help="of the random model: 22 M parameters or Qwen2-VL-7B's"
     )
     parser.add_argument("--frames", type=int, default=256, help="sampled frames of the video (default: 256)")
     parser.add_argument(
