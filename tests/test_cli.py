@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -243,7 +244,9 @@ def test_truncated_video(succeeds, checkpoint, movie, tmp_path):
     out, err = succeeds("ask", cut, "What is it?", "--model", checkpoint, "--json", *FAST)
     (warning,) = [line for line in err.splitlines() if line.startswith("longvid: warning: ")]
     result = json.loads(out)
-    assert f"{cut}: {result['video']['report']}." in warning and "of 60 frames" in warning
+    assert f"{cut}: {result['video']['report']}." in warning
+    # Of the 60, those that break off in the middle of a group of B-frames are in neither header nor file.
+    assert 60 - 3 <= int(re.search(r"of (\d+) frames", warning)[1]) <= 60
     assert 0 < result["video"]["frames"] == result["trace"]["frames"] < 24
     assert result["video"]["damaged"] and result["answers"][0]["text"]
 

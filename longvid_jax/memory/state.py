@@ -68,7 +68,8 @@ class RetakeMemory:
     @property
     def offset(self) -> int:
         """Where the next block goes in the cache, from what the host knows."""
-        return int(self.start.max(initial=0)) + sum(int(chunk.kept.max()) for chunk in self.chunks)
+        last = self.chunks[-1] if self.chunks else None
+        return int(self.start.max()) if last is None else int(last.offset + last.kept.max())
 
 
 def fork(memory):
