@@ -82,7 +82,8 @@ def sample(key: jax.Array, logits: jax.Array, temperature: jax.Array, top_p: jax
     logits = logits / temperature
     order = jnp.argsort(-logits, axis=-1, stable=True)
     ranked = jnp.take_along_axis(logits, order, axis=-1)
-    before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
     ranked = jnp.where(before < top_p, ranked, -jnp.inf)  # the most likely token always has nothing before it
     choice = jax.random.categorical(key, ranked, axis=-1)
     return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -375,14 +375,14 @@ class RetakeModel:
         cache = out.state
         token_bytes = sum(x.nbytes for x in jax.tree.leaves((cache.keys, cache.values))) // cache.valid.size
         seen = (memory.read + memory.dropped) * int(memory.grid.prod())
-        stored = sum((chunk.kept for chunk in memory.chunks), np.zeros_like(seen))
+        dropped = seen - (memory.stored - memory.start)
         return out, Trace(
             frames=memory.frames,
             tokens=seen,
             grid=tuple(memory.grid.tolist()),
             cache_length=length,
             cache_bytes=int(length.sum()) * token_bytes,
-            cache_bytes_uncompressed=int((length - stored + seen).sum()) * token_bytes,
+            cache_bytes_uncompressed=int((length + dropped).sum()) * token_bytes,
             cache_capacity=cache.capacity,
             chunks=memory.chunks,
             source=cache.source,
