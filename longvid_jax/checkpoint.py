@@ -1,0 +1,84 @@
+"""Trees of arrays on disk, by Orbax: the only file that knows it.
+
+A tree is a flat dict from paths such as `text/layers/03/mlp/up/kernel` to arrays; on disk each `/` is a level of plain
+nested dicts with string keys. Errors are Orbax's and the system's own: callers know the words for theirs.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+CHUNK_BYTES = 1 << 24  # stored pieces of an array: a device that needs a slice reads no more than its pieces
+PART = ".partial_save"  # Orbax's name for a folder of parts that are not merged yet
+SMALL = 1 << 20
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether Orbax would read the folder."""
+    return folder.is_dir() and ocp.is_orbax_checkpoint(folder)
+
+
+def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Writes some arrays of the tree that will be `folder` once it is merged; returns the part's name.
+
+    Orbax holds one copy of them while it writes. The data are on the disk, and not just in its cache, on return.
+    """
+    parts = _parts(folder)
+    before = set(os.listdir(parts)) if parts.exists() else set()
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights hardly compress, and it takes five times as long
+    context.array.saving.enable_write_sharding_file = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    with context:
+        ocp.partial.save(folder, unflatten_dict(dict(arrays), sep="/"))
+    (name,) = set(os.listdir(parts)) - before
+    return name
+
+
+def merge(folder: Path, parts: Iterable[str], target: Path) -> None:
+    """Makes the checkpoint `target` of the named parts of `folder`, which stay as they are; `target` must be absent.
+
+    Large files are linked, not copied, where the file system can.
+    """
+    for name in parts:
+        shutil.copytree(_parts(folder) / name, _parts(target) / name, copy_function=_link)
+    ocp.partial.finalize(target)
+
+
+def contents(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every array of a checkpoint, by path."""
+    tree = flatten_dict(ocp.metadata(folder).metadata, sep="/")
+    return {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in tree.items()}
+
+
+def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array | np.ndarray]:
+    """The wanted arrays of a checkpoint, in the wanted dtypes and shardings; NumPy arrays where none is given."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    abstract = {
+        path: np.broadcast_to(np.zeros((), spec.dtype), spec.shape) if spec.sharding is None else spec
+        for path, spec in wanted.items()
+    }
+    with context:
+        return flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep="/")), sep="/")
+
+
+def _parts(folder: Path) -> Path:
+    return folder.with_name(folder.name + PART)
+
+
+def _link(source: str, target: str) -> None:
+    # Small files are metadata, which merging rewrites in place.
+    if os.path.getsize(source) < SMALL:
+        shutil.copyfile(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
