@@ -1,96 +1,165 @@
-"""From a module back to a Hugging Face folder."""
+"""From parameters back to a Hugging Face folder, one or many files, one parameter at a time."""
 
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 
+from longvid_jax.convert.ops import Op
 from longvid_jax.convert.paths import leaves
-from longvid_jax.convert.source import WEIGHTS
+from longvid_jax.convert.source import INDEX
 from longvid_jax.convert.tables import Table, class_name
+from longvid_jax.convert.target import written
 from longvid_jax.errors import CheckpointError
 
 NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(jnp.bfloat16): "BF16"}
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter of one layer, as the models have it; `dtype` as it is stored now."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    values: Callable[[], np.ndarray]
+
+
+def write_huggingface(
+    parts: Mapping[str, Part],
+    config: dict,
+    folder: str | Path,
+    table: Table,
+    *,
+    dtype=None,
+    max_shard_bytes: int = 5_000_000_000,
+    beside: Iterable[Path] = (),
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes `config` and `parts`, by canonical path, as a folder that transformers loads; returns the folder.
+
+    dtype: of all tensors; None keeps that of each part.
+    max_shard_bytes: of the tensors in one file, unless a single tensor is larger; what fits makes one file, more make
+        several with an index. Layers follow each other in the order of their numbers.
+    beside: files that are copied into the folder, such as a tokenizer's; config.json and weights are not among them.
+    overwrite: a model (a folder with a config.json) at `folder` is replaced once the new one is whole.
+    progress: is called with the bytes of each tensor when they are written.
+
+    The `values` of each part are asked for once, one part after the other: host memory holds one of them and one copy
+    in the other layout or dtype. The folder must otherwise be absent or empty and gets its name once it is whole; what
+    fails or is killed before leaves nothing under it, see `longvid_jax.convert.target`. Raises CheckpointError if the
+    target does not do, another process writes to it, its disk is too small or a part cannot be written.
+    """
+    tensors = _tensors(parts, table, dtype)
+    copied = _copied(beside)
+    split = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+    texts = {CONFIG: {**config, "architectures": [class_name(config)]}}
+    dtypes = {tensor.dtype.name for tensor in tensors.values()}
+    if len(dtypes) == 1:
+        name = dtypes.pop()
+        texts[CONFIG] |= {"torch_dtype": name, "dtype": name}  # the names before and after transformers 4.56
+    if split.is_sharded:
+        texts[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    needed = split.metadata["total_size"] + sum(file.stat().st_size for file in copied)
+    with written(folder, needed, overwrite, lambda there: (there / CONFIG).is_file()) as unfinished:
+        for file in copied:
+            shutil.copyfile(file, unfinished / file.name)
+        for name, content in texts.items():
+            (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, keys in split.filename_to_tensors.items():
+            _write(unfinished / name, {key: tensors[key] for key in keys}, progress or (lambda _: None))
+    return Path(folder)
 
 
 def save_huggingface(module, config: dict, folder: str | Path, table: Table, dtype=None) -> Path:
-    """Writes `config` and the parameters of `module` as a folder that transformers loads; returns the folder.
-
-    dtype: of all tensors; None keeps that of each parameter. The folder must be absent or empty (else CheckpointError)
-    and gets its name once it is whole. Host memory: one parameter of one layer at a time.
-    """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} already exists and is not empty; remove it or give another target.")
-    tensors = _tensors(module, table, dtype)
-    config = {**config, "architectures": [class_name(config)]}
-    dtypes = {entry[1].name for entry in tensors.values()}
-    if len(dtypes) == 1:
-        config["torch_dtype"] = config["dtype"] = dtypes.pop()  # the names before and after transformers 4.56
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        os.chmod(unfinished, 0o777 & ~_umask())  # mkdtemp makes it private
-        _write(unfinished / WEIGHTS, tensors)
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    return folder
-
-
-Tensor = tuple[tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
-
-
-def _tensors(module, table: Table, dtype) -> dict[str, Tensor]:
-    """Of each source key its shape, its dtype, and how to get its values."""
-    tensors = {}
+    """Writes the parameters of `module` as `write_huggingface` does; the folder must be absent or empty."""
+    parts = {}
     for leaf in leaves(module):
         for n, path in enumerate(leaf.part_paths):
-            found = table.source(path)
-            if found is None:
-                raise CheckpointError(f"the parameter {path} has no name in the Hugging Face layout.")
-            key, op = found
-            kept = np.dtype(leaf.value.dtype if dtype is None else dtype)
-            if kept not in NAMES:
-                raise CheckpointError(f"{path} is {kept.name}; only float32, float16 and bfloat16 are written.")
+            values = partial(_fetch, leaf.value, n if leaf.stacked else None)
+            parts[path] = Part(leaf.part_shape, np.dtype(leaf.value.dtype), values)
+    return write_huggingface(parts, config, folder, table, dtype=dtype)
 
-            def values(value=leaf.value, n=n if leaf.stacked else None, op=op, kept=kept):
-                array = np.asarray(jax.device_get(value if n is None else value[n]))
-                return op.invert(array).astype(kept, copy=False)
 
-            tensors[key] = (op.source_shape(leaf.part_shape), kept, values)
+def _fetch(value, layer: int | None) -> np.ndarray:
+    # Of a copy, since a jax.Array keeps in host memory what was once fetched of it.
+    return np.asarray(jnp.copy(value) if layer is None else value[layer])
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A part as it will be in a file, and where it comes from."""
+
+    path: str
+    part: Part
+    op: Op
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        values = self.part.values()
+        if values.shape != self.part.shape:
+            raise ValueError(f"{self.path} was to have the shape {self.part.shape} and has {values.shape}")
+        return np.ascontiguousarray(self.op.invert(values), self.dtype)
+
+
+def _tensors(parts: Mapping[str, Part], table: Table, dtype) -> dict[str, _Tensor]:
+    """By source key, layers in the order of their numbers."""
+    tensors = {}
+    for path in sorted(parts, key=lambda path: [name.zfill(9) if name.isdigit() else name for name in path.split("/")]):
+        part, found = parts[path], table.source(path)
+        if found is None:
+            raise CheckpointError(f"the parameter {path} has no name in the Hugging Face layout.")
+        key, op = found
+        kept = np.dtype(part.dtype if dtype is None else dtype)
+        if kept not in NAMES:
+            raise CheckpointError(f"{path} is {kept.name}; only float32, float16 and bfloat16 are written.")
+        shape = op.source_shape(part.shape)
+        if shape is None:
+            raise CheckpointError(f"{path} has the shape {list(part.shape)}, of which {key} cannot be made.")
+        tensors[key] = _Tensor(path, part, op, shape, kept)
     return tensors
 
 
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+def _copied(beside: Iterable[Path]) -> list[Path]:
+    files = [file for file in map(Path, beside) if file.name not in (CONFIG, INDEX) and file.suffix != ".safetensors"]
+    if absent := [str(file) for file in files if not file.is_file()]:
+        raise CheckpointError(f"{', '.join(absent)} cannot be copied beside the weights: no such file.")
+    return files
+
+
+def _write(file: Path, tensors: dict[str, _Tensor], progress: Callable[[int], None]) -> None:
     """The safetensors format, tensor after tensor: the library's own writer wants them all in memory at once."""
-    # Wide types first keeps every tensor aligned.
-    order = sorted(tensors, key=lambda key: (-tensors[key][1].itemsize, key))
+    # Wide types first keeps every tensor aligned; among those of one type the order stays.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for key in order:
-        shape, dtype, _ = tensors[key]
-        start, end = end, end + int(np.prod(shape)) * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for key, tensor in ordered.items():
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(file, "wb") as stream:
         stream.write(len(encoded).to_bytes(8, "little"))
         stream.write(encoded)
-        for key in order:
-            stream.write(np.ascontiguousarray(tensors[key][2]()).reshape(-1).view(np.uint8).data)
+        for tensor in ordered.values():
+            stream.write(tensor.read().reshape(-1).view(np.uint8).data)  # unnamed, so that it is gone before the next
+            progress(tensor.nbytes)
         stream.flush()
         os.fsync(stream.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
