@@ -3,19 +3,24 @@
 import json
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from longvid_jax.convert import pickled
 from longvid_jax.errors import CheckpointError
 
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # weights, configs, tokenizer, chat template
+PREFERRED = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # as transformers does
+HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # configs, indexes, tokenizer, chat template
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 Index = tuple[slice, ...]
@@ -23,37 +28,48 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a safetensors header says of one tensor; `dtype` in the format's own words (F32, BF16, ...)."""
+    """What a file says of one tensor before it is read; `dtype` in safetensors' own words (F32, BF16, ...)."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
-    offset: int  # of the first byte in the file
+    offset: int | None = None  # of the first byte in a safetensors file
 
 
 class Source:
     """A checkpoint whose headers have been read.
 
-    `.name` as it was asked for, its folder `.path`, its `.config`, and `.tensors` by key.
+    `.name` as it was asked for, its folder `.path`, the `.revision` that a hub's snapshot is (a commit hash; None for
+    other folders), its `.config`, its `.files` with weights, and `.tensors` by key.
     """
 
     def __init__(self, name: str, path: Path):
         self.name, self.path = name, path
-        self.config = _json(path / "config.json")
+        self.revision = path.name if path.parent.name == "snapshots" and COMMIT.fullmatch(path.name) else None
+        self.config = read_json(path / CONFIG)
         self.tensors: dict[str, TensorInfo] = {}
-        for file in _weight_files(path):
-            _check(file)
-            for key, info in _header(file).items():
+        self.files, placed = _weight_files(path)
+        self._pickles = pickled.Reader()
+        for file in self.files:
+            for key, info in _tensors(file).items():
                 if key in self.tensors:
                     raise CheckpointError(
                         f"{file}: the tensor {key} is also in {self.tensors[key].file.name}; keep one."
                     )
                 self.tensors[key] = info
+        for name in sorted(set(placed.values())):
+            wanted = (key for key in placed if placed[key] == name)
+            if lost := sorted(key for key in wanted if key not in self.tensors or self.tensors[key].file.name != name):
+                raise CheckpointError(
+                    f"{path / name} does not hold {', '.join(lost)}, which the index places there; fetch both again."
+                )
 
     def read(self, key: str, index: Index = ()) -> np.ndarray:
         """The tensor `key` (of a type in DTYPES), or only what `index`, slices of its leading axes, picks of it."""
         info = self.tensors[key]
+        if info.offset is None:
+            return self._pickles.read(info.file, key, index)
         # Mapped for this one read: the pages of a file that stays mapped would count as memory of the process.
         return np.array(np.memmap(info.file, DTYPES[info.dtype], "r", info.offset, info.shape)[index])
 
@@ -63,35 +79,25 @@ def open_source(path_or_id: str | Path, revision: str | None = None) -> Source:
 
     Raises CheckpointError if it is neither, is incomplete, or a file of it is damaged.
     """
-    path = Path(path_or_id).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise CheckpointError(f"{path} is a local folder, which has no revision {revision!r}; only a hub id has.")
-        return Source(str(path_or_id), path)
-    if path.exists():
-        raise CheckpointError(f"{path} is a file; give the folder that holds config.json and *.safetensors.")
-    if not HUB_ID.fullmatch(str(path_or_id)):
-        raise CheckpointError(f"{path_or_id} is neither a folder that exists nor a Hugging Face hub id (owner/name).")
-    return Source(str(path_or_id), _fetch(str(path_or_id), revision))
+    return Source(str(path_or_id), _folder(path_or_id, revision, _fetch_all))
 
 
-def _fetch(hub_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+def open_config(path_or_id: str | Path, revision: str | None = None) -> tuple[Path, dict]:
+    """The folder and the config of a checkpoint, whose weights need not be there; of a hub id only that is fetched.
 
-    try:
-        folder = snapshot_download(
-            hub_id, revision=revision, allow_patterns=HUB_FILES, ignore_patterns=["*/*", "consolidated*"]
-        )
-    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
-        cause = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{hub_id} is neither a folder nor could it be fetched from the Hugging Face hub ({cause}); "
-            "give a local folder or check the name, your access and the network."
-        ) from error
-    return Path(folder)
+    Raises CheckpointError as open_source does.
+    """
+    folder = _folder(path_or_id, revision, partial(_fetch, names=[CONFIG]))
+    return folder, read_json(folder / CONFIG)
 
 
-def _json(file: Path) -> dict:
+def has_weights(folder: Path) -> bool:
+    """Whether open_source would find weights in a folder, whole or not."""
+    return bool(_chosen(_names(folder)))
+
+
+def read_json(file: Path) -> dict:
+    """The JSON object in a file; CheckpointError if there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -103,37 +109,112 @@ def _json(file: Path) -> dict:
     return content
 
 
-def _weight_files(folder: Path) -> Iterable[Path]:
-    """The files that transformers would read, in its order of preference: one file, the index's, else all."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if (folder / INDEX).exists():
-        return _indexed_files(folder / INDEX)
-    if files := sorted(folder.glob("*.safetensors")):
-        return files
-    if pickled := sorted([*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")]):
-        raise CheckpointError(
-            f"{folder} holds {pickled[0].name} but no *.safetensors; save the model again with safe_serialization=True."
+def _folder(path_or_id: str | Path, revision: str | None, fetch: Callable[[str, str | None], Path]) -> Path:
+    """The local folder: as given, or what `fetch` makes of a hub id and revision."""
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local folder, which has no revision {revision!r}; only a hub id has.")
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the folder that holds {CONFIG} and the weights.")
+    if not HUB_ID.fullmatch(str(path_or_id)):
+        raise CheckpointError(f"{path_or_id} is neither a folder that exists nor a Hugging Face hub id (owner/name).")
+    return fetch(str(path_or_id), revision)
+
+
+def _fetch_all(hub_id: str, revision: str | None) -> Path:
+    """The snapshot with all but the weights, and of those only what will be read: a repository may hold them twice."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    folder = _fetch(hub_id, revision, HUB_FILES)
+    try:
+        there = [file.path for file in get_cached_repo_tree(hub_id, revision=folder.name)]
+    except CachedRepoTreeNotFoundError:  # not fetched now, nor by a client that would have kept the list
+        there = _names(folder)
+    chosen = _chosen(there)
+    if chosen and chosen[0].endswith(".index.json"):
+        chosen = sorted(set(_weight_map(folder / chosen[0]).values()))
+    return _fetch(hub_id, folder.name, chosen) if chosen else folder
+
+
+def _fetch(hub_id: str, revision: str | None, names: list[str]) -> Path:
+    """The snapshot with the files of these names or patterns, from the hub or, without network, from the cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=names, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
+        raise CheckpointError(_hub_fault(hub_id, revision, error)) from error
+
+
+def _hub_fault(hub_id: str, revision: str | None, error: Exception) -> str:
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{hub_id}"
+        return f"{hub_id} is gated: accept its terms at {page} and log in with `hf auth login`."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"{hub_id} is neither a folder nor a repository of the Hugging Face hub, unless a private one; "
+            "check the name, or log in with `hf auth login`."
         )
-    raise CheckpointError(f"{folder} holds config.json but no *.safetensors; the weights are missing.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{hub_id} has no revision {revision or 'main'!r}; give a branch, a tag or a commit of it."
+    cause = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+    return (
+        f"{hub_id} is neither a folder nor could it be fetched from the Hugging Face hub ({cause}); "
+        "give a local folder or check the name, your access and the network."
+    )
 
 
-def _indexed_files(index: Path) -> list[Path]:
-    where = _json(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+def _chosen(names: Iterable[str]) -> list[str]:
+    """Of files of these names those that hold the weights, or the index of them; in transformers' order, then any."""
+    names = {name for name in names if "/" not in name}
+    if preferred := [name for name in PREFERRED if name in names]:
+        return preferred[:1]
+    any_safe = sorted(name for name in names if name.endswith(".safetensors"))
+    return any_safe or sorted(name for name in names if name.endswith(pickled.SUFFIXES))
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir() if file.is_file()]  # a link into a hub's cache may lead nowhere
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files with weights, and the file name of each tensor where an index says it."""
+    chosen = _chosen(_names(folder))
+    if not chosen:
+        raise CheckpointError(
+            f"{folder} holds {CONFIG} but no *.safetensors, nor {', '.join(f'*{s}' for s in pickled.SUFFIXES)}; "
+            "the weights are missing."
+        )
+    if not chosen[0].endswith(".index.json"):
+        return [folder / name for name in chosen], {}
+    placed = _weight_map(folder / chosen[0])
+    names = sorted(set(placed.values()))
+    if absent := [name for name in names if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder / chosen[0]} names files that are absent: {', '.join(absent)}; fetch them.")
+    return [folder / name for name in names], placed
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file name of each tensor."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise CheckpointError(f"{index} has no usable weight_map (tensor name to file name); fetch it again.")
-    names = sorted(set(where.values()))
-    if outside := [name for name in names if Path(name).name != name]:
+    if outside := [name for name in sorted(where.values()) if Path(name).name != name]:
         raise CheckpointError(f"{index} names {outside[0]!r}, which is not a file name in its own folder.")
-    if absent := [name for name in names if not (index.parent / name).exists()]:
-        raise CheckpointError(f"{index} names files that are absent: {', '.join(absent)}; fetch them.")
-    for name in names:
-        present = _header(index.parent / name)  # {} where the header is damaged; opening it will say so
-        if lost := sorted(key for key, file in where.items() if file == name and key not in present and present):
-            raise CheckpointError(
-                f"{name} does not hold {', '.join(lost)}, which {index} places there; fetch both again."
-            )
-    return [index.parent / name for name in names]
+    return where
+
+
+def _tensors(file: Path) -> dict[str, TensorInfo]:
+    """What is in a file; CheckpointError if it is not whole."""
+    if file.suffix in pickled.SUFFIXES:
+        return {key: TensorInfo(file, *found) for key, found in pickled.headers(file).items()}
+    _check(file)
+    return _header(file)
 
 
 def _check(file: Path) -> None:
@@ -152,11 +233,14 @@ def _check(file: Path) -> None:
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:
-    """What the header of a file says, even of a truncated one; {} if it cannot be read."""
+    """What the header of a file says, even of a truncated one; {} if it cannot be read.
+
+    CheckpointError if it has a key twice, of which json and safetensors would take the last.
+    """
     try:
         with open(file, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            entries = json.loads(stream.read(min(length, MAX_HEADER)))
+            entries = json.loads(stream.read(min(length, MAX_HEADER)), object_pairs_hook=partial(_unique, file))
         entries.pop("__metadata__", None)
         return {
             key: TensorInfo(file, tuple(entry["shape"]), entry["dtype"], end - start, 8 + length + start)
@@ -165,3 +249,12 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         }
     except (struct.error, ValueError, AttributeError, KeyError, TypeError, OSError):
         return {}
+
+
+def _unique(file: Path, pairs: list[tuple]) -> dict:
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise CheckpointError(f"{file}: its header has the key {key} twice; save the model anew.")
+        found[key] = value
+    return found
