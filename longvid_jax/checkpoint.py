@@ -29,25 +29,33 @@ def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
 
     Orbax holds one copy of them while it writes. The data are on the disk, and not just in its cache, on return.
     """
-    parts = _parts(folder)
-    before = set(os.listdir(parts)) if parts.exists() else set()
+    before = parts(folder)
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights hardly compress, and it takes five times as long
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context:
         ocp.partial.save(folder, unflatten_dict(dict(arrays), sep="/"))
-    (name,) = set(os.listdir(parts)) - before
+    (name,) = parts(folder) - before
     return name
 
 
-def merge(folder: Path, parts: Iterable[str], target: Path) -> None:
+def parts(folder: Path) -> set[str]:
+    """Names of the parts that were written of `folder`, whole or not."""
+    return {entry.name for entry in parts_folder(folder).glob("*")}
+
+
+def remove_part(folder: Path, name: str) -> None:
+    shutil.rmtree(parts_folder(folder) / name)
+
+
+def merge(folder: Path, names: Iterable[str], target: Path) -> None:
     """Makes the checkpoint `target` of the named parts of `folder`, which stay as they are; `target` must be absent.
 
     Large files are linked, not copied, where the file system can.
     """
-    for name in parts:
-        shutil.copytree(_parts(folder) / name, _parts(target) / name, copy_function=_link)
+    for name in names:
+        shutil.copytree(parts_folder(folder) / name, parts_folder(target) / name, copy_function=_link)
     ocp.partial.finalize(target)
 
 
@@ -69,7 +77,8 @@ def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
         return flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep="/")), sep="/")
 
 
-def _parts(folder: Path) -> Path:
+def parts_folder(folder: Path) -> Path:
+    """Where the parts of `folder` lie until they are merged."""
     return folder.with_name(folder.name + PART)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -11,12 +12,18 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from longvid_jax.errors import LongvidError, OptionError, VideoWarning
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what shells give for SIGINT and SIGPIPE
 SHOWN_FAULTS = 5  # of a checkpoint that has many
+DTYPES = ("float32", "bfloat16", "float16")
+BENCHMARKS = {  # each a module evaluate.bench_NAME with add_arguments, run and report
+    "retake": "plain against compressed prefill and decoding",
+    "convert": "converting a large checkpoint, beside copying it",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,8 +62,11 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     _ask_arguments(_command(commands, "ask", _ask, "ask one or more questions about a video"))
 
+    _convert_arguments(_command(commands, "convert", _convert, "convert a Hugging Face checkpoint to Orbax"))
+    _export_arguments(_command(commands, "export", _export, "write a converted checkpoint back as Hugging Face has it"))
+
     inspect = _command(commands, "inspect", _inspect, "show what is in a checkpoint, from its headers alone")
-    inspect.add_argument("path", metavar="PATH", help="Hugging Face folder or hub id")
+    inspect.add_argument("path", metavar="PATH", help="converted folder, Hugging Face folder or hub id")
 
     bench = commands.add_parser("bench", help="measure", description="Measure, side by side with a baseline.")
     kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
@@ -65,9 +75,10 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     video.add_argument("--minutes", type=float, default=20, help="length of the video that is made (default: 20)")
     video.add_argument("--repeats", type=int, default=2, help="turns, of which the fastest counts (default: 2)")
 
-    retake = _command(kinds, "retake", _bench_retake, "plain against compressed prefill and decoding")
-    if tuple(argv[:2]) == ("bench", "retake"):
-        _benchmark("retake").add_arguments(retake)
+    for name, what in BENCHMARKS.items():
+        command = _command(kinds, name, partial(_bench, name), what)
+        if tuple(argv[:2]) == ("bench", name):
+            _benchmark(name).add_arguments(command)
     return top
 
 
@@ -107,8 +118,10 @@ METHOD_OPTIONS = {  # of the command line -> of lv.ReTaKe
 def _ask_arguments(ask: argparse.ArgumentParser) -> None:
     ask.add_argument("video", metavar="VIDEO", help="a video file, or a folder of images")
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="several are answered after one watching")
-    ask.add_argument("--model", metavar="PATH", required=True, help="Hugging Face folder or hub id of a Qwen2-VL")
-    ask.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: by device)")
+    ask.add_argument(
+        "--model", metavar="PATH", required=True, help="converted folder, Hugging Face folder or hub id of a Qwen2-VL"
+    )
+    ask.add_argument("--dtype", choices=DTYPES, help="of the weights (default: by device)")
     ask.add_argument("--check", action="store_true", help="refuse weights with NaN or infinity in them")
     ask.add_argument("--plot", metavar="FILE.png", help="write a timeline of what was seen and kept")
 
@@ -248,7 +261,90 @@ def _demo(arguments: argparse.Namespace) -> None:
     _print_json(result) if arguments.json else print(printable(demo.report(result)))
 
 
+# --- convert, export, inspect -----------------------------------------------------------------------------------------
+
+
+def _convert_arguments(convert: argparse.ArgumentParser) -> None:
+    convert.add_argument("source", metavar="SOURCE", help="Hugging Face folder or hub id")
+    convert.add_argument("target", metavar="TARGET", nargs="?", help="folder to make (not needed with --dry-run)")
+    convert.add_argument("--dtype", choices=DTYPES, help="of all parameters (default: what is stored)")
+    convert.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    convert.add_argument("--overwrite", action="store_true", help="replace a converted checkpoint at TARGET")
+    convert.add_argument("--dry-run", action="store_true", help="check everything and say what it will take, then stop")
+
+
+def _export_arguments(export: argparse.ArgumentParser) -> None:
+    export.add_argument("source", metavar="SOURCE", help="folder that `longvid convert` made")
+    export.add_argument("target", metavar="TARGET", help="folder to make")
+    export.add_argument("--dtype", choices=DTYPES, help="of all tensors (default: what is stored)")
+    export.add_argument("--shard-gb", type=_positive, metavar="F", default=5, help="most GB in a file (default: 5)")
+    export.add_argument("--overwrite", action="store_true", help="replace a Hugging Face folder at TARGET")
+
+
+def _positive(text: str) -> float:
+    try:
+        if (value := float(text)) > 0:
+            return value
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    _without_accelerator()
+    from longvid_jax import convert
+
+    if arguments.target is None and not arguments.dry_run:
+        raise OptionError("TARGET is missing; give the folder to make, or --dry-run to see what it takes.")
+    options = {"dtype": arguments.dtype, "revision": arguments.revision}
+    forecast = convert.needs(arguments.source, **options)
+    if arguments.dry_run:
+        _print_json(dataclasses.asdict(forecast)) if arguments.json else print(forecast)
+        return
+    try:
+        with _progress(in_bytes=True) as progress:
+            bar = progress.add_task("converting", total=forecast.target_bytes)
+            options |= {"overwrite": arguments.overwrite, "progress": partial(progress.advance, bar)}
+            target = convert.to_orbax(arguments.source, arguments.target, **options)
+    except KeyboardInterrupt:
+        _say("what is finished is kept; give the same command again to go on")
+        raise
+    _converted(arguments, target, forecast.target_bytes)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    _without_accelerator()
+    from longvid_jax import convert
+
+    checkpoint = convert.Checkpoint(arguments.source)
+    size = checkpoint.nbytes(arguments.dtype)
+    with _progress(in_bytes=True) as progress:
+        bar = progress.add_task("exporting", total=size)
+        target = convert.to_huggingface(
+            checkpoint,
+            arguments.target,
+            dtype=arguments.dtype,
+            max_shard_bytes=int(arguments.shard_gb * 1e9),
+            overwrite=arguments.overwrite,
+            progress=partial(progress.advance, bar),
+        )
+    _converted(arguments, target, size)
+
+
+def _converted(arguments: argparse.Namespace, target: Path, size: int) -> None:
+    if arguments.json:
+        _print_json({"source": arguments.source, "target": str(target), "bytes": size})
+    else:
+        print(f"{target}  {size / 1e6:,.1f} MB")
+
+
+def _without_accelerator() -> None:
+    """Arrays only pass through: a GPU would be filled, and a TPU taken, for nothing."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
+    _without_accelerator()
     from rich.console import Console
 
     from longvid_jax.convert import describe, render
@@ -263,8 +359,8 @@ def _bench_video(arguments: argparse.Namespace) -> None:
     _print_json(result) if arguments.json else print(bench.report(result))
 
 
-def _bench_retake(arguments: argparse.Namespace) -> None:
-    bench = _benchmark("retake")
+def _bench(name: str, arguments: argparse.Namespace) -> None:
+    bench = _benchmark(name)
     _keep_compiled()
     result = bench.run(arguments)
     _print_json(result) if arguments.json else print(bench.report(result))
@@ -298,11 +394,12 @@ def _one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _progress():
+def _progress(in_bytes: bool = False):
     """A progress bar on standard error: alive on a terminal, its last state elsewhere, and nothing after an error."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
+        DownloadColumn,
         MofNCompleteColumn,
         Progress,
         TextColumn,
@@ -310,7 +407,8 @@ def _progress():
         TimeRemainingColumn,
     )
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    count = DownloadColumn() if in_bytes else MofNCompleteColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn()
     console = Console(stderr=True)
     progress = Progress(*columns, TimeRemainingColumn(), console=console)
     if not console.is_terminal:

@@ -38,8 +38,11 @@ class Leaf:
         return tuple(self.value.shape[1:]) if self.stacked else tuple(self.value.shape)
 
 
-def leaves(module) -> list[Leaf]:
-    """The arrays of a module (or of its jax.eval_shape), in the order of jax.tree.leaves."""
+def leaves(module, within: str = "") -> list[Leaf]:
+    """The arrays of a module (or of its jax.eval_shape), in the order of jax.tree.leaves.
+
+    within: what its paths begin with, `vision/` for a model's vision tower alone.
+    """
     found, _ = jax.tree_util.tree_flatten_with_path(module, is_leaf=lambda node: isinstance(node, nnx.Param))
     named = []
     for keys, value in found:
@@ -48,7 +51,7 @@ def leaves(module) -> list[Leaf]:
             name in STACKS and not following.isdigit() for name, following in zip(segments, segments[1:], strict=False)
         )
         value = value.get_value() if isinstance(value, nnx.Param) else value
-        named.append(Leaf("/".join(segments), value, stacked))
+        named.append(Leaf(within + "/".join(segments), value, stacked))
     return named
 
 

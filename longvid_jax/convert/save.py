@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from longvid_jax.convert.folder import CONFIG, is_checkpoint
 from longvid_jax.convert.ops import Op
 from longvid_jax.convert.paths import leaves
 from longvid_jax.convert.source import INDEX
@@ -20,7 +21,6 @@ from longvid_jax.convert.target import written
 from longvid_jax.errors import CheckpointError
 
 NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(jnp.bfloat16): "BF16"}
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def write_huggingface(
     if split.is_sharded:
         texts[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     needed = split.metadata["total_size"] + sum(file.stat().st_size for file in copied)
-    with written(folder, needed, overwrite, lambda there: (there / CONFIG).is_file()) as unfinished:
+    with written(folder, needed, overwrite, _is_huggingface) as unfinished:
         for file in copied:
             shutil.copyfile(file, unfinished / file.name)
         for name, content in texts.items():
@@ -82,6 +82,10 @@ def write_huggingface(
         for name, keys in split.filename_to_tensors.items():
             _write(unfinished / name, {key: tensors[key] for key in keys}, progress or (lambda _: None))
     return Path(folder)
+
+
+def _is_huggingface(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and not is_checkpoint(folder)
 
 
 def save_huggingface(module, config: dict, folder: str | Path, table: Table, dtype=None) -> Path:

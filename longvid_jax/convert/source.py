@@ -18,7 +18,8 @@ from longvid_jax.errors import CheckpointError
 CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFERRED = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # as transformers does
-HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]  # configs, indexes, tokenizer, chat template
+# Configs, indexes, tokenizer, chat template, licence: what a model needs besides weights. No code, whatever it says.
+BESIDE = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -128,7 +129,7 @@ def _fetch_all(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    folder = _fetch(hub_id, revision, HUB_FILES)
+    folder = _fetch(hub_id, revision, BESIDE)
     try:
         there = [file.path for file in get_cached_repo_tree(hub_id, revision=folder.name)]
     except CachedRepoTreeNotFoundError:  # not fetched now, nor by a client that would have kept the list

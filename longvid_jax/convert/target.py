@@ -89,7 +89,9 @@ def check_target(target: Path, overwrite: bool, is_ours: Callable[[Path], bool])
             f"{target} already exists and is not empty; give --overwrite to replace it, or another target."
         )
     if not is_ours(target):
-        raise CheckpointError(f"{target} holds no model and is not overwritten; remove it or give another target.")
+        raise CheckpointError(
+            f"{target} holds something else than what would replace it; remove it or give another target."
+        )
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -241,7 +241,7 @@ def test_overwriting_replaces_a_model_and_nothing_else(tmp_path):
     assert sorted(path.name for path in target.iterdir()) == ["config.json", "model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     (target / "config.json").rename(target / "notes.json")
-    with pytest.raises(CheckpointError, match="holds no model"):
+    with pytest.raises(CheckpointError, match="holds something else"):
         write_huggingface(kernels(2), LLAMA, target, TABLE, overwrite=True)
     assert sorted(path.name for path in target.iterdir()) == ["model.safetensors", "notes.json"]
 

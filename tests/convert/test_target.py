@@ -86,7 +86,7 @@ def test_what_may_become_the_target(tmp_path):
     check_target(model, True, ours)
     with pytest.raises(CheckpointError, match="already exists and is not empty; give --overwrite .* another target"):
         check_target(model, False, ours)
-    with pytest.raises(CheckpointError, match="holds no model and is not overwritten"):
+    with pytest.raises(CheckpointError, match="holds something else than what would replace it"):
         check_target(tmp_path / "foreign", True, ours)
 
 

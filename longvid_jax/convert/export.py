@@ -1,0 +1,49 @@
+"""From the library's own folder back to a Hugging Face folder."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from longvid_jax.convert.folder import Checkpoint, files_beside
+from longvid_jax.convert.save import Part, write_huggingface
+from longvid_jax.convert.tables import table_for
+
+
+def to_huggingface(
+    checkpoint: Checkpoint | str | Path,
+    target: str | Path,
+    *,
+    dtype=None,
+    max_shard_bytes: int = 5_000_000_000,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes a converted checkpoint as a folder that transformers loads; returns the folder.
+
+    Without a dtype its tensors are bit for bit what was converted. Tokenizer, chat template and the like go with it.
+    Arguments and errors otherwise as of write_huggingface; CheckpointError if `checkpoint` is no converted one.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint(checkpoint)
+    parts = {
+        path: Part(spec.shape, np.dtype(spec.dtype), partial(_read, checkpoint, path, spec))
+        for path, spec in checkpoint.arrays.items()
+    }
+    return write_huggingface(
+        parts,
+        checkpoint.config,
+        target,
+        table_for(checkpoint.config),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        beside=files_beside(checkpoint.path),
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _read(checkpoint: Checkpoint, path: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
+    return checkpoint.read({path: spec})[path]

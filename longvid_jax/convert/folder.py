@@ -1,0 +1,87 @@
+"""The library's own checkpoint folder: `params/`, written by Orbax, and beside it what a model needs besides.
+
+config.json, tokenizer files, chat template, ...   as they were in the Hugging Face folder
+provenance.json                                    where the parameters came from, and a checksum of each
+params/                                            plain nested dicts, each layer its own: layers/03/mlp/up/kernel
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from longvid_jax import checkpoint
+from longvid_jax.convert.source import BESIDE, read_json
+from longvid_jax.errors import CheckpointError
+
+PARAMS, PROVENANCE, CONFIG = "params", "provenance.json", "config.json"
+
+
+class Checkpoint:
+    """A converted checkpoint whose metadata have been read.
+
+    `.name` as it was asked for, its folder `.path`, its `.config`, its `.provenance`, and `.arrays`: shape and dtype
+    by canonical path.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.name, self.path = str(folder), Path(folder).expanduser().absolute()
+        if not is_checkpoint(self.path):
+            raise CheckpointError(
+                f"{folder} holds no whole {PARAMS} folder of Orbax; give a folder that `longvid convert` has made."
+            )
+        self.config = read_json(self.path / CONFIG)
+        self.provenance = read_json(self.path / PROVENANCE) if (self.path / PROVENANCE).exists() else {}
+        try:
+            self.arrays = checkpoint.contents(self.path / PARAMS)
+        except Exception as error:  # Orbax has no common base for what a damaged folder makes it raise
+            raise CheckpointError(
+                f"{self.path / PARAMS} cannot be read ({first_line(error)}); convert again."
+            ) from error
+
+    def nbytes(self, dtype=None) -> int:
+        """Of all arrays, in the dtype if one is given."""
+        return sum(math.prod(array.shape) * np.dtype(dtype or array.dtype).itemsize for array in self.arrays.values())
+
+    def read(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array | np.ndarray]:
+        """The wanted arrays in the wanted dtypes and shardings; NumPy arrays where no sharding is given."""
+        try:
+            return checkpoint.restore(self.path / PARAMS, wanted)
+        except Exception as error:
+            names = list(wanted)
+            which = names[0] if len(names) == 1 else f"one of {names[0]} to {names[-1]}"
+            raise CheckpointError(
+                f"{self.path / PARAMS}: {which} cannot be read ({first_line(error)}); convert again."
+            ) from error
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is a folder of the library's own kind, and whole."""
+    return checkpoint.is_checkpoint(folder / PARAMS)
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """What belongs to a model besides its weights and its config: tokenizer, chat template, generation config, ..."""
+    found = {file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}
+    return sorted(
+        file for file in found if file.name not in (CONFIG, PROVENANCE) and not file.name.endswith(".index.json")
+    )
+
+
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in C order: it finds damage, not malice."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for one sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,109 @@
+"""Work that may be interrupted: the parts of a checkpoint that are on the disk, and the proof that they are right."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from longvid_jax import checkpoint
+from longvid_jax.convert.folder import PARAMS, checksum, first_line
+from longvid_jax.errors import CheckpointError
+
+NAME = "journal.jsonl"
+DISK_FULL = ("No space left on device", "Disk quota exceeded")
+
+
+class Journal:
+    """A folder with parts of a checkpoint and a file that lists them, each with the checksums of its arrays.
+
+    `.checksums`, by canonical path, are of what is there. A part is listed after Orbax has it on the disk; one that is
+    not listed, or whose arrays are not what the list says, was being written when the work was interrupted and is
+    thrown away at the next start. Parts that were made for another `job` are thrown away, too.
+    """
+
+    def __init__(self, folder: Path, job: dict):
+        self.folder, self.checksums, self._parts = folder, {}, []
+        lines = _lines(folder / NAME)
+        known = lines[1:] if lines and lines[0] == job else []
+        if not known:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = [entry for entry in known if self._is_whole(entry)]
+        self._drop_all_but({entry["part"] for entry in kept})
+        self._write([job, *kept], "w")
+        for entry in kept:
+            self._list(entry)
+
+    def add(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes a part and lists it; CheckpointError if it cannot be written, which leaves what is listed as it is."""
+        checksums = {path: checksum(array) for path, array in arrays.items()}
+        dtypes = {path: array.dtype.name for path, array in arrays.items()}
+        try:
+            part = checkpoint.add_part(self.folder / PARAMS, arrays)
+        except Exception as error:  # Orbax passes on what its storage library and the system raise
+            full = any(sign in str(error) for sign in DISK_FULL)
+            cause = "the disk is full" if full else f"Orbax cannot write {next(iter(arrays))}: {first_line(error)}"
+            raise CheckpointError(
+                f"{self.folder}: {cause}; mend that and start again, what is finished is kept."
+            ) from error
+        shapes = {path: list(array.shape) for path, array in arrays.items()}
+        entry = {"part": part, "checksums": checksums, "dtypes": dtypes, "shapes": shapes}
+        self._write([entry], "a")
+        self._list(entry)
+
+    def merge(self, target: Path) -> None:
+        """Makes the checkpoint `target` of all parts."""
+        checkpoint.merge(self.folder / PARAMS, self._parts, target)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _is_whole(self, entry: dict) -> bool:
+        """Whether the arrays of a part are on the disk with the checksums of the list."""
+        trial = self.folder / "trial"
+        shutil.rmtree(trial, ignore_errors=True)
+        trial.mkdir()
+        try:
+            checkpoint.merge(self.folder / PARAMS, [entry["part"]], trial / PARAMS)
+            for path, expected in entry["checksums"].items():
+                spec = jax.ShapeDtypeStruct(tuple(entry["shapes"][path]), np.dtype(entry["dtypes"][path]))
+                if checksum(checkpoint.restore(trial / PARAMS, {path: spec})[path]) != expected:
+                    return False
+        except Exception:  # whatever keeps it from being read, it is written again
+            return False
+        finally:
+            shutil.rmtree(trial, ignore_errors=True)
+        return True
+
+    def _drop_all_but(self, parts: set[str]) -> None:
+        for entry in self.folder.iterdir():
+            if entry.is_dir() and entry != checkpoint.parts_folder(self.folder / PARAMS):
+                shutil.rmtree(entry)
+        for part in checkpoint.parts(self.folder / PARAMS) - parts:
+            checkpoint.remove_part(self.folder / PARAMS, part)
+
+    def _list(self, entry: dict) -> None:
+        self._parts.append(entry["part"])
+        self.checksums.update(entry["checksums"])
+
+    def _write(self, entries: list[dict], mode: str) -> None:
+        with open(self.folder / NAME, mode, encoding="utf-8") as stream:
+            stream.writelines(json.dumps(entry) + "\n" for entry in entries)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _lines(file: Path) -> list[dict]:
+    """The entries of a journal up to the first that is cut off; none where there is no journal."""
+    entries = []
+    try:
+        with open(file, encoding="utf-8") as stream:
+            for line in stream:
+                entries.append(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    return entries

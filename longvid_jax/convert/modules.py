@@ -1,0 +1,99 @@
+"""From stored weights to a bare module, whichever model they are of and however they are stored."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from longvid_jax.convert.folder import Checkpoint, is_checkpoint
+from longvid_jax.convert.load import Shardings, fill, restore
+from longvid_jax.convert.source import Source, open_source
+from longvid_jax.convert.tables import architecture, table_for
+from longvid_jax.errors import CheckpointError
+from longvid_jax.models.llama import Decoder, DecoderConfig
+from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+
+NETWORKS = {
+    "llama": (Decoder, DecoderConfig),
+    "qwen2": (Decoder, DecoderConfig),
+    "qwen2_vl": (Qwen2VL, Qwen2VLConfig),
+}
+
+
+def open_weights(path_or_id: str | Path, revision: str | None = None) -> Source | Checkpoint:
+    """Opens a converted checkpoint, a Hugging Face folder or a hub id; CheckpointError if it is none of them."""
+    path = Path(path_or_id).expanduser()
+    if is_checkpoint(path):
+        if revision is not None:
+            raise CheckpointError(f"{path} is a local folder, which has no revision {revision!r}; only a hub id has.")
+        return Checkpoint(path)
+    return open_source(path_or_id, revision)
+
+
+def from_huggingface(
+    path_or_id: str | Path,
+    *,
+    dtype=None,
+    stacked: bool = False,
+    shardings: Shardings | None = None,
+    part: str | None = None,
+    revision: str | None = None,
+):
+    """A bare module (Decoder, Qwen2VL, ...) with the weights of a Hugging Face folder or hub id, or of a converted one.
+
+    dtype: of all parameters; None keeps what is stored. stacked: layers as one scanned stack instead of a tuple.
+    shardings: from a leaf's path and shape to its sharding (models.sharding.parameter_sharding with a mesh, say);
+        None: all on the first local device.
+    part: only this part of the model, "vision" or "text" of a Qwen2-VL; the others are not read.
+    revision: of a hub id.
+    Raises CheckpointError with all that does not fit.
+    """
+    weights = open_weights(path_or_id, revision)
+    return build(weights, network_config(weights), dtype=dtype, stacked=stacked, shardings=shardings, part=part)
+
+
+def build(weights: Source | Checkpoint, config, *, dtype=None, stacked=False, shardings=None, part=None):
+    """The network of `config` (as network_config gives it, or changed) with these weights; see from_huggingface."""
+    module = abstract(weights.config, config, stacked=stacked)
+    if part is not None:
+        module = getattr(module, part, None)
+        if not isinstance(module, nnx.Module):
+            raise CheckpointError(f"{weights.name} has no part {part!r}; give the name of one, such as 'vision'.")
+    options = {"dtype": dtype, "shardings": shardings, "within": f"{part}/" if part else ""}
+    if isinstance(weights, Checkpoint):
+        return restore(weights, module, **options)
+    return fill(weights, module, table_for(weights.config), **options)
+
+
+def abstract(config: dict, settings, *, stacked: bool = False):
+    """The module of a config.json and of what network_config made of it, without arrays."""
+    network, _ = NETWORKS[architecture(config)]
+    return jax.eval_shape(lambda: network(settings, stacked=stacked, rngs=nnx.Rngs(0)))
+
+
+def network_config(weights) -> DecoderConfig | Qwen2VLConfig:
+    """What fixes the network, from `.config` (and `.name`, for errors); CheckpointError where none can be built."""
+    _, reader = NETWORKS[architecture(weights.config)]
+    try:
+        settings = reader.from_huggingface(weights.config)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{weights.name}: config.json has a value of the wrong kind ({error}); fetch it again."
+        ) from error
+    if isinstance(settings, Qwen2VLConfig):
+        _check_qwen2_vl(weights.name, settings)
+    return settings
+
+
+def _check_qwen2_vl(name: str, config: Qwen2VLConfig) -> None:
+    text, vision = config.text, config.vision
+    if sum(text.rope.sections or ()) != text.rope.head_dim // 2:
+        raise CheckpointError(
+            f"{name}: mrope_section under rope_scaling in config.json is {text.rope.sections}, but must be "
+            f"three numbers with the sum {text.rope.head_dim // 2}, half a head's width."
+        )
+    if not vision.heads or vision.width % (4 * vision.heads):
+        raise CheckpointError(
+            f"{name}: num_heads under vision_config in config.json is {vision.heads}, but the width "
+            f"{vision.width} must be divisible by four times it."
+        )

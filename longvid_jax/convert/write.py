@@ -1,0 +1,270 @@
+"""From a Hugging Face checkpoint to the library's own folder: a few arrays at a time, resumable, strict."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.filesize import decimal
+
+from longvid_jax.convert.folder import CONFIG, PARAMS, PROVENANCE, files_beside, is_checkpoint, write_json
+from longvid_jax.convert.journal import Journal
+from longvid_jax.convert.load import check_tied, grouped, nbytes, plan, stored_dtype
+from longvid_jax.convert.modules import abstract, network_config
+from longvid_jax.convert.ops import Op
+from longvid_jax.convert.paths import leaves
+from longvid_jax.convert.source import Source, has_weights, open_config, open_source
+from longvid_jax.convert.tables import Table, architecture, table_for
+from longvid_jax.convert.target import check_space, check_target, locked, put_in_place, sibling
+from longvid_jax.errors import CheckpointError, OptionError
+
+PART_BYTES = 1 << 26  # arrays are written together up to this size, or up to the largest array's
+BESIDE_BYTES = 90 << 20  # for headers, tables and what Orbax and the allocator keep: measured
+STRIPE_BYTES = 1 << 22  # of an array that are read at a time
+DTYPES = ("float32", "bfloat16", "float16")
+FORMAT = 1
+Specs = dict[str, jax.ShapeDtypeStruct]  # by canonical path
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a conversion will take; sizes in bytes."""
+
+    architecture: str
+    dtype: str
+    arrays: int
+    parameters: int
+    source_bytes: int | None  # None where only the config is there
+    target_bytes: int
+    largest_array: str
+    largest_bytes: int
+    peak_bytes: int  # of host memory, above the interpreter with its imports
+    disk_bytes: int  # at the target, while it is being written
+
+    def __str__(self) -> str:
+        source = "not there, only its config" if self.source_bytes is None else decimal(self.source_bytes)
+        return (
+            f"model           {self.architecture}, {self.parameters:,} parameters in {self.arrays:,} arrays\n"
+            f"source          {source}\n"
+            f"target          {decimal(self.target_bytes)} in {self.dtype}; as much space is needed on its disk\n"
+            f"largest array   {decimal(self.largest_bytes)}, {self.largest_array}\n"
+            f"peak memory     {decimal(self.peak_bytes)}, above the interpreter with its imports"
+        )
+
+
+def needs(path_or_id: str | Path, *, dtype=None, revision: str | None = None) -> Needs:
+    """What `to_orbax` with these arguments would take, from headers alone; from config.json alone without weights.
+
+    Raises CheckpointError as to_orbax does: a checkpoint that passes here fits its config.
+    """
+    folder, config = open_config(_not_converted(path_or_id), revision)
+    if has_weights(folder):
+        source = open_source(path_or_id, revision)
+        specs = _Arrays(source, _checked(dtype)).specs
+        source_bytes = sum(info.nbytes for info in source.tensors.values())
+    else:
+        specs, source_bytes = _specs_of_config(_Bare(str(path_or_id), config), _checked(dtype)), None
+    largest = max(specs, key=lambda path: nbytes(specs[path]))
+    total = sum(map(nbytes, specs.values()))
+    return Needs(
+        architecture=architecture(config),
+        dtype=", ".join(sorted({np.dtype(spec.dtype).name for spec in specs.values()})),
+        arrays=len(specs),
+        parameters=sum(int(np.prod(spec.shape)) for spec in specs.values()),
+        source_bytes=source_bytes,
+        target_bytes=total,
+        largest_array=largest,
+        largest_bytes=nbytes(specs[largest]),
+        peak_bytes=_peak(specs),
+        disk_bytes=total,
+    )
+
+
+def to_orbax(
+    path_or_id: str | Path,
+    target: str | Path,
+    *,
+    dtype=None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Converts a Hugging Face folder or hub id to a folder that `load` restores; returns the folder.
+
+    dtype: float32, bfloat16 or float16 of all parameters; None keeps what is stored. revision: of a hub id.
+    overwrite: replace a converted checkpoint (nothing else) at `target`, once the new one is whole.
+    progress: called with the bytes of parameters that have just been finished.
+
+    Every tensor is used and every parameter filled, as in `load`; values must be finite. Host memory: about three
+    times the largest array, see `needs`. What is finished when the work is interrupted waits beside the target
+    (`.NAME.converting`) and is verified and kept when the same conversion starts again; `target` gets its name by one
+    rename when all is there. Raises CheckpointError where source, target or space do not do; OptionError for a dtype.
+    """
+    dtype = _checked(dtype)
+    source = open_source(_not_converted(path_or_id), revision)
+    arrays = _Arrays(source, dtype)
+    check_tied(source, arrays.table, arrays.assignments)
+    job = {
+        "format": FORMAT,
+        "source": source.name,
+        "revision": source.revision,
+        "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in source.files},
+        "table": table_hash(arrays.table),
+        "dtype": None if dtype is None else dtype.name,
+    }
+    with locked(target) as target:
+        check_target(target, overwrite, is_checkpoint)
+        journal = Journal(sibling(target, "converting"), job)
+        todo = {path: spec for path, spec in arrays.specs.items() if path not in journal.checksums}
+        progress = progress or (lambda _: None)
+        progress(sum(nbytes(arrays.specs[path]) for path in journal.checksums))
+        try:
+            check_space(target.parent, sum(map(nbytes, todo.values())))
+        except CheckpointError:
+            if not journal.checksums:
+                journal.remove()
+            raise
+        for group in _ahead(arrays.values, grouped(todo, _part_bytes(arrays.specs))):
+            journal.add(group)
+            progress(sum(array.nbytes for array in group.values()))
+        put_in_place(_whole(journal, source, arrays, job), target, overwrite)
+        journal.remove()
+    return target
+
+
+def _whole(journal: Journal, source: Source, arrays: "_Arrays", job: dict) -> Path:
+    """The finished checkpoint, still under another name."""
+    folder = journal.folder / "whole"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    journal.merge(folder / PARAMS)
+    for file in [source.path / CONFIG, *files_beside(source.path)]:
+        shutil.copyfile(file, folder / file.name)
+    provenance = {
+        "longvid_jax": version("longvid_jax"),
+        "architecture": architecture(source.config),
+        **job,
+        "files": {file.name: file.stat().st_size for file in source.files},
+        "parameters_crc32": {path: journal.checksums[path] for path in arrays.specs},
+    }
+    write_json(folder / PROVENANCE, provenance)
+    return folder
+
+
+class _Arrays:
+    """What is to be written: the spec of each array, and its value when it is asked for."""
+
+    def __init__(self, source: Source, dtype):
+        self.source, self.table = source, table_for(source.config)
+        module = abstract(source.config, network_config(source))
+        self.assignments = plan(source, module, self.table)
+        self._tensors: dict[str, tuple[str, Op]] = {}
+        self.specs: Specs = {}
+        for item in self.assignments:
+            (key,), path = item.keys, item.leaf.path  # layers are apart in this module
+            self._tensors[path] = key, item.op
+            self.specs[path] = jax.ShapeDtypeStruct(item.leaf.value.shape, dtype or stored_dtype(source, item.keys))
+
+    def values(self, paths: Iterable[str]) -> dict[str, np.ndarray]:
+        """The arrays of some canonical paths; CheckpointError if there is NaN or infinity in one."""
+        return {path: self._value(path) for path in paths}
+
+    def _value(self, path: str) -> np.ndarray:
+        (key, op), spec = self._tensors[path], self.specs[path]
+        array = np.empty(spec.shape, spec.dtype)
+        for stripe in _stripes(spec, op.axis):
+            values = op.read(partial(self.source.read, key), stripe)
+            with np.errstate(over="ignore", invalid="ignore"):
+                array[stripe] = values
+            if not _finite(array[stripe]):
+                file = self.source.tensors[key].file.name
+                if _finite(values):
+                    raise CheckpointError(
+                        f"{file}: {key} has values too large for {array.dtype.name}; convert to bfloat16 or float32."
+                    )
+                raise CheckpointError(f"{file}: {key} has NaN or infinity in it; the file is damaged, fetch it again.")
+        return array
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """A config without weights."""
+
+    name: str
+    config: dict
+
+
+def _specs_of_config(source: _Bare, dtype) -> Specs:
+    if dtype is None:
+        of_text = source.config.get("text_config") or {}
+        names = (found for c in (source.config, of_text) if (found := c.get("dtype") or c.get("torch_dtype")))
+        dtype = np.dtype(next(names, "float32"))
+    module = abstract(source.config, network_config(source))
+    return {leaf.path: jax.ShapeDtypeStruct(leaf.value.shape, dtype) for leaf in leaves(module)}
+
+
+def _not_converted(path_or_id: str | Path) -> str | Path:
+    if is_checkpoint(Path(path_or_id).expanduser()):
+        raise CheckpointError(f"{path_or_id} is converted already; load it as it is, or give the Hugging Face folder.")
+    return path_or_id
+
+
+def _checked(dtype) -> np.dtype | None:
+    if dtype is None:
+        return None
+    try:
+        if (found := np.dtype(dtype)).name in DTYPES:
+            return found
+    except TypeError:
+        pass
+    raise OptionError(f"dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}, or None for what is stored.")
+
+
+def _stripes(spec: jax.ShapeDtypeStruct, axis: int) -> Iterator[tuple[slice, ...]]:
+    """The array in pieces along `axis`, each some megabytes that lie together in the file."""
+    if not spec.shape:
+        yield ()
+        return
+    size = spec.shape[axis]
+    step = max(1, size * STRIPE_BYTES // max(1, nbytes(spec)))
+    for start in range(0, size, step):
+        yield (*[slice(None)] * axis, slice(start, start + step))
+
+
+def _finite(x: np.ndarray) -> bool:
+    wide = x if x.itemsize > 2 else x.astype(np.float32)  # NumPy is faster at both than at isfinite of a bfloat16
+    return bool(np.isfinite(wide).all())
+
+
+def _ahead(make: Callable, inputs: Iterable) -> Iterator:
+    """make(x) for each x, the next one being made while the last one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for x in inputs:
+            made, waiting = waiting, pool.submit(make, x)
+            if made is not None:
+                yield made.result()
+                del made
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _part_bytes(specs: Specs) -> int:
+    return max(PART_BYTES, *map(nbytes, specs.values()))
+
+
+def _peak(specs: Specs) -> int:
+    """While Orbax writes a part from a copy of its own, the next one is being made."""
+    parts = [sum(map(nbytes, group.values())) for group in grouped(specs, _part_bytes(specs))]
+    return BESIDE_BYTES + max(2 * this + following for this, following in zip(parts, [*parts[1:], 0], strict=True))
+
+
+def table_hash(table: Table) -> str:
+    """Tells two tables apart."""
+    return hashlib.sha256(repr(table).encode()).hexdigest()[:16]
