@@ -137,7 +137,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_of_a_hub_id_only_what_is_needed_is_fetched(hub, checkpoints, monkeypatch):
     needed = contents(checkpoints.make(shards=2)) | dict.fromkeys(
-        ["tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"], b"{}"
+        ["tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja", "LICENSE"], b"{}"
     )
     left = ["pytorch_model.bin", "consolidated.safetensors", "model.fp16-00001-of-00001.safetensors"]
     left += ["original/params.json", "modeling_new.py", "README.md"]
@@ -160,7 +160,7 @@ def test_of_a_hub_id_only_what_is_needed_is_fetched(hub, checkpoints, monkeypatc
     [
         (["pytorch_model.bin", "training_args.bin", "optimizer.pt"], ["pytorch_model.bin"]),
         (["pytorch_model.bin", "adapter.safetensors"], ["pytorch_model.bin"]),
-        (["eva.pth", "LICENSE"], ["eva.pth"]),
+        (["eva.pth", "README.md"], ["eva.pth"]),
     ],
 )
 def test_a_repository_without_safetensors(hub, there, fetched):
