@@ -10,6 +10,8 @@ _HOME = {
     "Video": "video",
     "Frames": "video",
     "fork": "memory.state",
+    "save": "systems.keeping",
+    "restore": "systems.keeping",
     "make_mesh": "scale.mesh",
     "LongvidError": "errors",
     "VideoError": "errors",

@@ -24,6 +24,11 @@ def is_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and ocp.is_orbax_checkpoint(folder)
 
 
+def save(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
+    """Writes a whole tree; `folder` must be absent."""
+    ocp.save(folder, unflatten_dict(dict(arrays), sep="/"))
+
+
 def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
     """Writes some arrays of the tree that will be `folder` once it is merged; returns the part's name.
 
