@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments)
             sys.stdout.flush()
         except LongvidError as error:
-            _say(f"error: {_one_line(error)}")
+            _say(f"error: {error if arguments.all_faults else _one_line(error)}")
             return 2
         except KeyboardInterrupt:
             _say("interrupted")
@@ -85,7 +85,7 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 def _command(commands, name: str, run, what: str) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
     command.add_argument("--json", action="store_true", help="print one JSON object on standard output")
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, all_faults=False)
     return command
 
 
@@ -265,6 +265,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _convert_arguments(convert: argparse.ArgumentParser) -> None:
+    convert.set_defaults(all_faults=True)  # whoever converts mends them all, and not five at a time
     convert.add_argument("source", metavar="SOURCE", help="Hugging Face folder or hub id")
     convert.add_argument("target", metavar="TARGET", nargs="?", help="folder to make (not needed with --dry-run)")
     convert.add_argument("--dtype", choices=DTYPES, help="of all parameters (default: what is stored)")

@@ -97,3 +97,37 @@ def golden() -> Path:
 def golden_dir() -> Path:
     """The golden cases that the suite always needs, in tests/golden."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def succeeds(capsys):
+    """Runs a command that must succeed: what it printed on standard output and on standard error."""
+
+    from longvid_jax import cli
+
+    def run(*argv) -> tuple[str, str]:
+        code = cli.main([str(word) for word in argv])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err
+        return printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command that must fail with exit code 2, one line on standard error and nothing on standard output."""
+
+    from longvid_jax import cli
+
+    def run(*argv) -> str:
+        code = cli.main([str(word) for word in argv])
+        printed = capsys.readouterr()
+        assert code == 2
+        assert printed.out == ""
+        lines = [line for line in printed.err.splitlines() if not line.startswith("longvid: warning: ")]
+        assert len(lines) == 1, printed.err
+        assert lines[0].startswith("longvid: error: ")
+        return lines[0]
+
+    return run
