@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 
 from longvid_jax.convert.folder import Checkpoint
 from longvid_jax.convert.ops import Op
-from longvid_jax.convert.paths import Leaf, leaves
 from longvid_jax.convert.source import DTYPES, Source
 from longvid_jax.convert.tables import Table
 from longvid_jax.errors import CheckpointError
+from longvid_jax.models.paths import Leaf, leaves
 
 SLAB_BYTES = 1 << 24
 RESTORED_BYTES = 1 << 28  # of a checkpoint are read in one go

@@ -14,11 +14,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from longvid_jax.convert.folder import CONFIG, is_checkpoint
 from longvid_jax.convert.ops import Op
-from longvid_jax.convert.paths import leaves
 from longvid_jax.convert.source import INDEX
 from longvid_jax.convert.tables import Table, class_name
 from longvid_jax.convert.target import written
 from longvid_jax.errors import CheckpointError
+from longvid_jax.models.paths import leaves
 
 NAMES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(jnp.bfloat16): "BF16"}
 

@@ -18,11 +18,11 @@ from longvid_jax.convert.journal import Journal
 from longvid_jax.convert.load import check_tied, grouped, nbytes, plan, stored_dtype
 from longvid_jax.convert.modules import abstract, network_config
 from longvid_jax.convert.ops import Op
-from longvid_jax.convert.paths import leaves
 from longvid_jax.convert.source import Source, has_weights, open_config, open_source
 from longvid_jax.convert.tables import Table, architecture, table_for
 from longvid_jax.convert.target import check_space, check_target, locked, put_in_place, sibling
 from longvid_jax.errors import CheckpointError, OptionError
+from longvid_jax.models.paths import leaves
 
 PART_BYTES = 1 << 26  # arrays are written together up to this size, or up to the largest array's
 BESIDE_BYTES = 90 << 20  # for headers, tables and what Orbax and the allocator keep: measured

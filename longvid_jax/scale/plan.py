@@ -11,8 +11,8 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from longvid_jax.convert.paths import leaves
 from longvid_jax.errors import OptionError
+from longvid_jax.models.paths import leaves
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.ops.kv_cache import KVCache

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from longvid_jax.convert.load import check_finite, fill, plan
-from longvid_jax.convert.paths import leaves
 from longvid_jax.convert.source import Source, open_source
 from longvid_jax.convert.tables import table_for
 from longvid_jax.errors import CheckpointError
+from longvid_jax.models.paths import leaves
 
 
 def load(checkpoints, folder, *, stacked=False, **how):

@@ -18,12 +18,12 @@ from safetensors.numpy import load_file
 from longvid_jax.convert import save
 from longvid_jax.convert.load import fill
 from longvid_jax.convert.ops import Transpose
-from longvid_jax.convert.paths import leaves
 from longvid_jax.convert.save import Part, save_huggingface, write_huggingface
 from longvid_jax.convert.source import INDEX, open_source
 from longvid_jax.convert.tables import Rule, Table, table_for
 from longvid_jax.errors import CheckpointError
 from longvid_jax.models.llama import Decoder, DecoderConfig
+from longvid_jax.models.paths import leaves
 
 
 def load(checkpoints, folder, *, stacked=False, **how):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import longvid_jax as lv
-from longvid_jax.convert.paths import leaves
+from longvid_jax.models.paths import leaves
 from longvid_jax.models.sharding import parameter_spec
 from tests.systems import golden
 
