@@ -11,15 +11,26 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype, scale: float = 0.02) -
 
 
 class Linear(nnx.Module):
-    """x [..., in] @ kernel [in, out] (+ bias [out])."""
+    """x [..., in] @ kernel [in, out] (+ bias [out]), and what low-rank adapters add (see models.lora)."""
 
     def __init__(self, width_in: int, width_out: int, *, bias: bool, dtype, rngs: nnx.Rngs):
         self.kernel = nnx.Param(normal(rngs.params(), (width_in, width_out), dtype))
         self.bias = nnx.Param(jnp.zeros((width_out,), dtype)) if bias else None
+        self.lora_a = nnx.data(None)  # [in, rank]
+        self.lora_b = nnx.data(None)  # [rank, out]
+        self.lora_scale = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...]
-        return y if self.bias is None else y + self.bias[...]
+        return self.adapted(x, y if self.bias is None else y + self.bias[...])
+
+    def adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """y [..., out], in its dtype, and what the adapters add to it for x [..., in]; y itself without adapters."""
+        if self.lora_a is None:
+            return y
+        a, b = self.lora_a[...], self.lora_b[...]
+        update = jnp.matmul(x @ a, b, preferred_element_type=jnp.result_type(y, b))  # never a @ b, which is a kernel
+        return y + (update * self.lora_scale).astype(y.dtype)
 
 
 class RMSNorm(nnx.Module):

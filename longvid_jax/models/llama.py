@@ -168,7 +168,9 @@ class Decoder(nnx.Module):
         """Next-token logits float32 [..., V] of hidden states [..., width]."""
         if self.lm_head is None:
             return jnp.einsum("...d,vd->...v", hidden, self.embed.embedding[...], preferred_element_type=jnp.float32)
-        return jnp.einsum("...d,dv->...v", hidden, self.lm_head.kernel[...], preferred_element_type=jnp.float32)
+        head = self.lm_head
+        logits = jnp.einsum("...d,dv->...v", hidden, head.kernel[...], preferred_element_type=jnp.float32)
+        return head.adapted(hidden, logits)
 
     def empty_cache(self, batch: int, capacity: int) -> kv_cache.KVCache:
         """A cache for `batch` rows of `capacity` tokens, laid out as the layers are."""

@@ -18,7 +18,13 @@ TABLE = (
 
 
 def parameter_spec(path: str, rank: int) -> PartitionSpec:
-    """The axes of the parameter at a path such as text/layers/mlp/up/kernel; a stack's layer axis stays whole."""
+    """The axes of the parameter at a path such as text/layers/mlp/up/kernel; a stack's layer axis stays whole.
+
+    Low-rank adapters lie as their kernel does, A [in, rank] on `in` and B [rank, out] on `out`; the rank stays whole.
+    """
+    if path.endswith(("/lora_a", "/lora_b")):
+        *layer, width_in, width_out = parameter_spec(path[: -len("lora_a")] + "kernel", rank)
+        return PartitionSpec(*layer, width_in, None) if path.endswith("a") else PartitionSpec(*layer, None, width_out)
     for pattern, spec in TABLE:
         if re.search(rf"(^|/)({pattern})$", path):
             width = 1 if path.endswith(("scale", "bias")) else 2
