@@ -138,12 +138,16 @@ class Decoder(nnx.Module):
         valid: jax.Array,
         cache: kv_cache.KVCache | None = None,
         *,
+        groups: jax.Array | None = None,
+        remat: bool = False,
         follow: str | None = None,
         select: kv_cache.Select | None = None,
     ) -> tuple[jax.Array, kv_cache.KVCache | None]:
         """Hidden states [B, N, width] of embeddings x [B, N, width] at positions int32 [B, N, A], and the cache.
 
-        valid bool [B, N]. Without a cache this is plain causal attention. With one, the tokens also attend to all that
+        valid bool [B, N]. Without a cache this is plain causal attention, within groups int32 [B, N] if they are given
+        (and to group 0, which all see: several conversations about one video); remat computes a layer's activations
+        anew for its gradient instead of keeping them. With one, the tokens also attend to all that
         it holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
         cache on with ops.kv_cache.advance.
         """
@@ -153,7 +157,8 @@ class Decoder(nnx.Module):
             x, cache = carry
             q, k, v = layer.attention.project(layer.attention_norm(x))
             if cache is None:
-                context = attend(rope(q, positions), Keys(rope(k, positions), v, valid, causal=True))
+                keys = Keys(rope(k, positions), v, valid, causal=True, groups=groups)
+                context = attend(rope(q, positions), keys, groups=groups)
             else:
                 context, cache = kv_cache.attention(
                     cache, index, q, k, v, positions=positions, valid=valid, rope=rope, follow=follow, select=select
@@ -161,7 +166,7 @@ class Decoder(nnx.Module):
             x = x + layer.attention.output(context)
             return x + layer.mlp(layer.mlp_norm(x)), cache
 
-        x, cache = layers(layer, self.layers, (x, cache))
+        x, cache = layers(jax.checkpoint(layer) if remat else layer, self.layers, (x, cache))
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

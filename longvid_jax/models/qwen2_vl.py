@@ -139,11 +139,11 @@ class VisionTower(nnx.Module):
         )
         self.merger = Merger(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, patches: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    def __call__(self, patches: jax.Array, grid: tuple[int, int], *, remat: bool = False) -> jax.Array:
         """Tokens [F, N, out_width] of patches [F, P, channels * temporal * patch^2] of F temporal patches.
 
         grid is (rows, columns) of patches, P = rows * columns, in merge blocks as the processors lay them out;
-        N = P / merge^2.
+        N = P / merge^2. remat: as for the decoder.
         """
         x = self.patch_embed(patches.astype(self.patch_embed.kernel.dtype))
         angles = vision_angles(self.config, grid)
@@ -152,7 +152,7 @@ class VisionTower(nnx.Module):
             x = x + block.attention(block.norm1(x), angles)
             return x + block.mlp(block.norm2(x))
 
-        return self.merger(layers(block, self.blocks, x))
+        return self.merger(layers(jax.checkpoint(block) if remat else block, self.blocks, x))
 
 
 def vision_angles(config: VisionConfig, grid: tuple[int, int]) -> np.ndarray:
@@ -174,3 +174,27 @@ class Qwen2VL(nnx.Module):
         self.config = config
         self.vision = VisionTower(config.vision, dtype=dtype, stacked=stacked, rngs=rngs)
         self.text = Decoder(config.text, dtype=dtype, stacked=stacked, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        groups: jax.Array,
+        video_index: jax.Array,
+        patches: jax.Array,
+        grid: tuple[int, int],
+        *,
+        remat: bool = False,
+    ) -> jax.Array:
+        """Hidden states [B, N, width] of whole sequences with a video in each: the forward pass of training.
+
+        tokens int32 [B, N] at positions int32 [B, N, 3]; groups int32 [B, N] as for the decoder, -1 for padding;
+        video_index int32 [B, N]: which of the video's tokens stands here, -1 for text; patches [B, T, P, inputs] of
+        T temporal patches on a grid of (rows, columns) of patches.
+        """
+        features = self.vision(patches.reshape(-1, *patches.shape[2:]), grid, remat=remat)
+        features = features.reshape(patches.shape[0], -1, features.shape[-1])  # [B, T * tokens, width]
+        text = self.text.embed(tokens)
+        video = jnp.take_along_axis(features, jnp.maximum(video_index, 0)[..., None], axis=1)
+        x = jnp.where(video_index[..., None] >= 0, video.astype(text.dtype), text)
+        return self.text(x, positions, groups >= 0, groups=groups, remat=remat)[0]

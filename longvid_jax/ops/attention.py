@@ -21,18 +21,20 @@ class Keys(NamedTuple):
     v: jax.Array  # [B, K, S, D]
     valid: jax.Array | None = None  # bool [B, S]; None: all
     causal: bool = False  # query i sees keys 0..i of this run
+    groups: jax.Array | None = None  # int32 [B, S]: only queries of the same group see a key, of group 0 all; None: all
 
 
-def attend(q: jax.Array, *runs: Keys, scale: float | None = None) -> jax.Array:
+def attend(q: jax.Array, *runs: Keys, groups: jax.Array | None = None, scale: float | None = None) -> jax.Array:
     """Softmax attention of q [B, H, N, D] over the keys of all runs together -> [B, H, N, D].
 
-    H is a multiple of K (grouped queries). A query that may attend to nothing gets a finite, meaningless value.
+    H is a multiple of K (grouped queries). groups int32 [B, N] are the queries', needed if a run's keys have some. A
+    query that may attend to nothing gets a finite, meaningless value.
     """
     heads, kv_heads = q.shape[1], runs[0].k.shape[1]
     scale = q.shape[-1] ** -0.5 if scale is None else scale
 
-    def block(q, start):  # q [B, K, G, n, D]
-        weights, totals = _weights([_logits(q, run, start, scale) for run in runs])
+    def block(q, start, groups):  # q [B, K, G, n, D], groups [B, n]
+        weights, totals = _weights([_logits(q, run, start, scale, groups) for run in runs])
         parts = [
             jnp.einsum("bkgns,bksd->bkgnd", w.astype(run.v.dtype), run.v, preferred_element_type=jnp.float32)
             for w, run in zip(weights, runs, strict=True)
@@ -40,7 +42,7 @@ def attend(q: jax.Array, *runs: Keys, scale: float | None = None) -> jax.Array:
         return (sum(parts) / totals[..., None]).astype(q.dtype)
 
     grouped = q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
-    out = _over_blocks(block, grouped, sum(run.k.shape[2] for run in runs))
+    out = _over_blocks(block, grouped, sum(run.k.shape[2] for run in runs), groups)
     return out.reshape(q.shape)
 
 
@@ -80,8 +82,8 @@ def _weights(logits: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
     return weights, sum(w.sum(-1) for w in weights)
 
 
-def _logits(q: jax.Array, run: Keys, start, scale: float) -> jax.Array:
-    """Masked logits float32 [B, K, G, n, S] of the queries start..start+n."""
+def _logits(q: jax.Array, run: Keys, start, scale: float, groups: jax.Array | None = None) -> jax.Array:
+    """Masked logits float32 [B, K, G, n, S] of the queries start..start+n, of the groups [B, n]."""
     # XLA transposes the second operand of such a product on CPUs: for few queries the logits move, not the keys.
     few = q.shape[2] * q.shape[3] <= q.shape[4]
     if few:
@@ -95,16 +97,21 @@ def _logits(q: jax.Array, run: Keys, start, scale: float) -> jax.Array:
     if run.causal:
         seen = jnp.arange(run.k.shape[2]) <= start + jnp.arange(q.shape[3])[:, None]
         logits = jnp.where(seen, logits, lowest)
+    if run.groups is not None:
+        theirs = run.groups[:, None]  # [B, 1, S]
+        seen = (theirs == 0) | (theirs == groups[:, :, None])
+        logits = jnp.where(seen[:, None, None], logits, lowest)
     return logits
 
 
-def _over_blocks(block, q: jax.Array, keys: int) -> jax.Array:
-    """block(q piece, start) over pieces of q's token axis (3)."""
+def _over_blocks(block, q: jax.Array, keys: int, groups: jax.Array | None) -> jax.Array:
+    """block(q piece, start, groups piece) over pieces of the token axis: q's 3, groups' 1."""
     size = _block_size(q, keys)
     if size >= q.shape[3]:
-        return block(q, 0)
+        return block(q, 0, groups)
     pieces = _split(q, 3, size)
-    out = jax.lax.map(lambda xs: block(*xs), (pieces, jnp.arange(pieces.shape[0]) * size))
+    of_groups = None if groups is None else _split(groups, 1, size)
+    out = jax.lax.map(lambda xs: block(*xs), (pieces, jnp.arange(pieces.shape[0]) * size, of_groups))
     out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], -1, q.shape[-1])
     return out[:, :, :, : q.shape[3]]
 

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from longvid_jax.data import chat
 from longvid_jax.errors import InstructionError, OptionError, PromptError
 from longvid_jax.generate import Generated
 from longvid_jax.memory.state import RetakeMemory, Waiting, fork
 from longvid_jax.models.qwen2_vl import Qwen2VL
-from longvid_jax.systems import chat, prompts
+from longvid_jax.systems import prompts
 from longvid_jax.systems import retake_steps as steps
 from longvid_jax.systems.results import Answer, Output, Trace
 from longvid_jax.systems.retake_reader import Reader, pad_text

@@ -86,6 +86,18 @@ def test_runs_come_under_one_softmax_in_any_order(walk, order):
     np.testing.assert_allclose(got, expected_attention(q, runs, 0.7), atol=1e-5, rtol=0)
 
 
+def test_groups_see_themselves_and_what_all_share(walk):
+    """Two conversations behind one prefix, and padding: each row of queries as if the other were not there."""
+    q, k, v = normal(1, 4, 140, 8), normal(1, 2, 140, 8), normal(1, 2, 140, 8)
+    groups = np.repeat([0, 1, 2, -1], [70, 30, 32, 8])[None]
+    got = jax.jit(lambda q, k, v: attention.attend(q, Keys(k, v, groups >= 0, True, groups), groups=groups))(q, k, v)
+    for group in (1, 2):
+        alone = np.flatnonzero((groups[0] == 0) | (groups[0] == group))
+        q1, k1, v1 = (x[:, :, alone] for x in (q, k, v))
+        expected = expected_attention(q1, [(k1, v1, None, True)], 8**-0.5)
+        np.testing.assert_allclose(got[:, :, alone], expected, atol=1e-5, rtol=0)
+
+
 def test_masked_keys_have_no_influence_at_all(walk):
     q, k, v = normal(1, 2, 130, 4), normal(1, 2, 20, 4), normal(1, 2, 20, 4)
     valid = np.arange(20)[None] < 12
