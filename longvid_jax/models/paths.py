@@ -83,6 +83,8 @@ def select(patterns: str | Sequence[str], paths: Iterable[str], option: str) -> 
 
     Raises OptionError, which names the option, for a pattern that is no regular expression or matches nothing.
     """
+    if not isinstance(patterns, str | Sequence):
+        raise OptionError(f"{option} is {patterns!r}, but must be a regular expression or a list of them.")
     plain = {path: without_layers(path) for path in paths}
     chosen = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:

@@ -1,0 +1,1 @@
+"""Training: what is trained and how it is stepped, as pure functions of arrays."""
