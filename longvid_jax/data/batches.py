@@ -1,0 +1,178 @@
+"""Batch b as a pure function of (seed, b): any process makes any batch at any time, and workers change no order."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import grain
+import numpy as np
+
+from longvid_jax.data.packing import Turns, pack, packed_length, tokenize
+from longvid_jax.errors import LongvidError, OptionError, VideoError
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """Conversations about one video, which is read when it is needed."""
+
+    id: str
+    conversations: tuple[tuple[tuple[str, str], ...], ...]  # each of (question, answer) turns
+    num_frames: int  # at most that many
+    size: tuple[int, int]  # (H, W) in pixels
+    frames: Callable[[], np.ndarray]  # uint8 [num_frames or fewer, H, W, 3]; VideoError if nothing decodes
+    tags: tuple[str, ...] = ()  # of each conversation: its family of questions, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a training step takes, and what the host knows of it.
+
+    arrays: as data.packing.pack gives them with a leading axis of rows, and frames uint8 [B, F, H, W, 3]. Only this
+    process's rows.
+    """
+
+    index: int
+    arrays: dict[str, np.ndarray]
+    examples: tuple[Example, ...]  # of all processes
+    undecodable: dict[str, str]  # of this process: example id -> why; they have weight 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The static shapes of batches. A batch has the smallest that all its examples fit in.
+
+    frames: numbers of frames, ascending, each a multiple of `temporal`. text: tokens beside the video's, ascending.
+    temporal frames and merged x merged pixels make a token.
+    """
+
+    frames: tuple[int, ...]
+    text: tuple[int, ...]
+    temporal: int
+    merged: int
+
+    def grid(self, frames: int, size: tuple[int, int]) -> tuple[int, int, int]:
+        """Temporal patches, rows and columns of tokens of a video."""
+        return -(-frames // self.temporal), size[0] // self.merged, size[1] // self.merged
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifts:
+    """Where a video's temporal patches stand: at offset + stride * 0, 1, ..., drawn anew for each row.
+
+    Uniform from 0 to `offset` and from 1 to `stride`, and neither for a share `plain` of the rows; positions beyond
+    those of the trained length are seen in training then.
+    """
+
+    offset: int = 0
+    stride: int = 1
+    plain: float = 0.5
+
+    def draw(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        """int [length]"""
+        offset, stride, shifted = rng.integers(0, self.offset + 1), rng.integers(1, self.stride + 1), rng.random()
+        return np.arange(length) if shifted < self.plain else offset + stride * np.arange(length)
+
+
+class Batches:
+    """A grain source of batches without an end.
+
+    examples: a MapDataset of examples (shuffled, repeated, mixed as `endless` does it). Which examples and which shape
+    a batch has comes from metadata alone and is the same on every process; frames are read for this process's rows.
+    """
+
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        tokenizer,
+        video_token: int,
+        shapes: Shapes,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shifts: Shifts | None = None,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if batch_size % processes:
+            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
+        if not len(examples):
+            raise OptionError("the data set is empty; give one with examples.")
+        self.examples, self.tokenizer, self.video_token, self.shapes = examples, tokenizer, video_token, shapes
+        self.batch_size, self.seed, self.shifts = batch_size, seed, shifts or Shifts()
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch_size
+
+    def __getitem__(self, b: int) -> Batch:
+        rows = range(b * self.batch_size, (b + 1) * self.batch_size)
+        examples = [self.examples[row] for row in rows]
+        turns = [self._turns(example) for example in examples]
+        frames, text, size = self._shape(examples, turns)
+        grid = self.shapes.grid(frames, size)
+        share = self.batch_size // self.processes
+        mine = range(self.process * share, (self.process + 1) * share)
+        packed, pixels, undecodable = [], np.zeros((share, frames, *size, 3), np.uint8), {}
+        for n, row in enumerate(mine):
+            rng = np.random.default_rng([self.seed, rows[row]])
+            arrays = pack(
+                turns[row],
+                grid,
+                text + int(np.prod(grid)),
+                video_token=self.video_token,
+                times=self.shifts.draw(rng, grid[0]),
+            )
+            try:
+                read = examples[row].frames()[:frames]
+                pixels[n, : len(read)], pixels[n, len(read) :] = read, read[-1]
+            except VideoError as error:
+                undecodable[examples[row].id] = str(error)
+                arrays["weights"][:] = 0
+            packed.append(arrays)
+        stacked = {name: np.stack([arrays[name] for arrays in packed]) for name in packed[0]}
+        return Batch(b, {**stacked, "frames": pixels}, tuple(examples), undecodable)
+
+    def _turns(self, example: Example) -> list[Turns]:
+        try:
+            return [tokenize(self.tokenizer, turns, self.video_token) for turns in example.conversations]
+        except LongvidError as error:
+            raise type(error)(f"{example.id}: {error}") from error
+
+    def _shape(self, examples: Sequence[Example], turns: Sequence[list[Turns]]) -> tuple[int, int, tuple[int, int]]:
+        """Frames, tokens of text, and (H, W) of a batch."""
+        sizes = {example.size for example in examples}
+        if len(sizes) > 1:
+            raise OptionError(f"the videos of a batch have the sizes {sorted(sizes)}; give sources of one size.")
+        longest = max(zip([packed_length(t, 0) for t in turns], [example.id for example in examples], strict=True))
+        most = max((example.num_frames, example.id) for example in examples)
+        text = _bucket(self.shapes.text, *longest, "tokens of text")
+        return _bucket(self.shapes.frames, *most, "frames"), text, sizes.pop()
+
+
+def endless(source, seed: int) -> grain.MapDataset:
+    """The examples of a source (with __len__ and __getitem__), in another order in each epoch."""
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
+def mixed(sources: Sequence, weights: Sequence[float], seed: int) -> grain.MapDataset:
+    """Examples of several sources in the proportion of the weights."""
+    if len(sources) != len(weights) or not all(weight > 0 for weight in weights):
+        raise OptionError(
+            f"weights are {list(weights)}, but must be a positive number for each of {len(sources)} sources."
+        )
+    for source in sources:
+        if not len(source):
+            raise OptionError("the data set is empty; give one with examples.")
+    return grain.MapDataset.mix([endless(source, seed + n) for n, source in enumerate(sources)], list(weights))
+
+
+def batches_from(batches: Batches, start: int, *, workers: int = 2, ahead: int = 4) -> Iterator[Batch]:
+    """Batches start, start + 1, ..., made ahead by threads, always in this order."""
+    dataset = grain.MapDataset.source(batches).slice(slice(start, None))
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead)))
+
+
+def _bucket(sizes: Sequence[int], needed: int, id: str, what: str) -> int:
+    for size in sizes:
+        if needed <= size:
+            return size
+    raise OptionError(f"{id} takes {needed} {what}, but the largest bucket has {sizes[-1]}; add a larger one.")

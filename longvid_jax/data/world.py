@@ -1,0 +1,50 @@
+"""The made-up world as a source of examples, rendered as they are asked for."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+
+from longvid_jax.data.batches import Example
+from longvid_jax.video.synthetic import World, multiple_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldSource:
+    """Worlds 0, 1, ..., count - 1 of a split, each with several questions.
+
+    seconds: lengths of the videos, world i has seconds[i % len]. fps: frames that are sampled a second. size: (H, W).
+    letters: the share of questions that are asked as multiple choice.
+    """
+
+    count: int
+    level: str = "clear"
+    split: str = "train"
+    seconds: Sequence[float] = (16.0,)
+    fps: float = 2.0
+    size: tuple[int, int] = (56, 56)
+    questions: int = 8
+    families: Sequence[str] | None = None
+    letters: float = 0.0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Example:
+        world = World(i, level=self.level, seconds=self.seconds[i % len(self.seconds)], split=self.split)
+        questions = world.questions(self.questions, self.families)
+        rng = np.random.default_rng([i, 1])
+        asked = [
+            multiple_choice(q, rng) if rng.random() < self.letters and q.choices else (q.text, q.answer)
+            for q in questions
+        ]
+        times = np.arange(max(1, int(world.seconds * self.fps))) / self.fps
+        return Example(
+            id=f"{self.level}/{self.split}/{i}",
+            conversations=tuple((turn,) for turn in asked),
+            num_frames=len(times),
+            size=self.size,
+            frames=partial(world.render, times, self.size),
+            tags=tuple(q.family for q in questions),
+        )
