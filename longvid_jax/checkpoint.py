@@ -72,7 +72,10 @@ def contents(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array | np.ndarray]:
-    """The wanted arrays of a checkpoint, in the wanted dtypes and shardings; NumPy arrays where none is given."""
+    """The wanted arrays of a checkpoint, in the wanted dtypes and shardings; NumPy arrays where none is given.
+
+    LookupError for a path that it does not have, ValueError for another shape.
+    """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     abstract = {
@@ -80,7 +83,14 @@ def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
         for path, spec in wanted.items()
     }
     with context:
-        return flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep="/")), sep="/")
+        arrays = flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep="/")), sep="/")
+    for path, spec in wanted.items():
+        # Orbax gives back what it was given for a path that it does not have, and any shape for a NumPy array.
+        if arrays[path] is abstract[path]:
+            raise LookupError(f"{path} is not in it")
+        if arrays[path].shape != spec.shape:
+            raise ValueError(f"{path} has the shape {list(arrays[path].shape)}, not {list(spec.shape)}")
+    return arrays
 
 
 def parts_folder(folder: Path) -> Path:
