@@ -4,9 +4,11 @@ A tree is a flat dict from paths such as `text/layers/03/mlp/up/kernel` to array
 nested dicts with string keys. Errors are Orbax's and the system's own: callers know the words for theirs.
 """
 
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -17,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 CHUNK_BYTES = 1 << 24  # stored pieces of an array: a device that needs a slice reads no more than its pieces
 PART = ".partial_save"  # Orbax's name for a folder of parts that are not merged yet
 SMALL = 1 << 20
+ORBAX = Path(ocp.__file__).parents[2]
 MARK = "orbax.checkpoint"  # a file in every checkpoint; by Orbax's own test nearly any folder is one
 
 
@@ -27,7 +30,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 def save(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
     """Writes a whole tree; `folder` must be absent."""
-    ocp.save(folder, unflatten_dict(dict(arrays), sep="/"))
+    with _silent():
+        ocp.save(folder, unflatten_dict(dict(arrays), sep="/"))
 
 
 def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
@@ -40,7 +44,7 @@ def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
     context.array.saving.use_compression = False  # weights hardly compress, and it takes five times as long
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    with context:
+    with context, _silent():
         ocp.partial.save(folder, unflatten_dict(dict(arrays), sep="/"))
     (name,) = parts(folder) - before
     return name
@@ -62,12 +66,17 @@ def merge(folder: Path, names: Iterable[str], target: Path) -> None:
     """
     for name in names:
         shutil.copytree(parts_folder(folder) / name, parts_folder(target) / name, copy_function=_link)
-    ocp.partial.finalize(target)
+    with _silent():
+        ocp.partial.finalize(target)
 
 
 def contents(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of a checkpoint, by path."""
-    tree = flatten_dict(ocp.metadata(folder).metadata, sep="/")
+    with _silent():
+        tree = ocp.metadata(folder).metadata
+    if tree is None:  # whatever it was that Orbax could not read
+        raise ValueError("its metadata are damaged")
+    tree = flatten_dict(tree, sep="/")
     return {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in tree.items()}
 
 
@@ -82,7 +91,7 @@ def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
         path: np.broadcast_to(np.zeros((), spec.dtype), spec.shape) if spec.sharding is None else spec
         for path, spec in wanted.items()
     }
-    with context:
+    with context, _silent():
         arrays = flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep="/")), sep="/")
     for path, spec in wanted.items():
         # Orbax gives back what it was given for a path that it does not have, and any shape for a NumPy array.
@@ -96,6 +105,23 @@ def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
 def parts_folder(folder: Path) -> Path:
     """Where the parts of `folder` lie until they are merged."""
     return folder.with_name(folder.name + PART)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What goes wrong is raised; Orbax logs it besides, once for each of its threads, with their tracebacks."""
+    loggers = logging.getLogger(), logging.getLogger("absl")
+    for logger in loggers:
+        logger.addFilter(_is_not_of_orbax)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return ORBAX not in Path(record.pathname).parents
 
 
 def _link(source: str, target: str) -> None:
