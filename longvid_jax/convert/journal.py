@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -34,7 +35,9 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         kept = [entry for entry in known if self._is_whole(entry)]
         self._drop_all_but({entry["part"] for entry in kept})
-        self._write([job, *kept], "w")
+        with open(folder / f"{NAME}.new", "w", encoding="utf-8") as stream:
+            _write([job, *kept], stream)
+        os.replace(stream.name, folder / NAME)  # the old list stays whole until the new one is
         for entry in kept:
             self._list(entry)
 
@@ -45,19 +48,19 @@ class Journal:
         try:
             part = checkpoint.add_part(self.folder / PARAMS, arrays)
         except Exception as error:  # Orbax passes on what its storage library and the system raise
-            full = any(sign in str(error) for sign in DISK_FULL)
-            cause = "the disk is full" if full else f"Orbax cannot write {next(iter(arrays))}: {first_line(error)}"
-            raise CheckpointError(
-                f"{self.folder}: {cause}; mend that and start again, what is finished is kept."
-            ) from error
+            raise self._failure(f"Orbax cannot write {next(iter(arrays))}", error) from error
         shapes = {path: list(array.shape) for path, array in arrays.items()}
         entry = {"part": part, "checksums": checksums, "dtypes": dtypes, "shapes": shapes}
-        self._write([entry], "a")
+        with open(self.folder / NAME, "a", encoding="utf-8") as stream:
+            _write([entry], stream)
         self._list(entry)
 
     def merge(self, target: Path) -> None:
-        """Makes the checkpoint `target` of all parts."""
-        checkpoint.merge(self.folder / PARAMS, self._parts, target)
+        """Makes the checkpoint `target` of all parts; CheckpointError if it cannot be written."""
+        try:
+            checkpoint.merge(self.folder / PARAMS, self._parts, target)
+        except Exception as error:
+            raise self._failure("Orbax cannot merge the parts", error) from error
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
@@ -73,7 +76,9 @@ class Journal:
                 spec = jax.ShapeDtypeStruct(tuple(entry["shapes"][path]), np.dtype(entry["dtypes"][path]))
                 if checksum(checkpoint.restore(trial / PARAMS, {path: spec})[path]) != expected:
                     return False
-        except Exception:  # whatever keeps it from being read, it is written again
+        except Exception as error:  # whatever keeps it from being read, it is written again
+            if _is_of_a_full_disk(error):
+                raise self._failure("", error) from error
             return False
         finally:
             shutil.rmtree(trial, ignore_errors=True)
@@ -90,11 +95,19 @@ class Journal:
         self._parts.append(entry["part"])
         self.checksums.update(entry["checksums"])
 
-    def _write(self, entries: list[dict], mode: str) -> None:
-        with open(self.folder / NAME, mode, encoding="utf-8") as stream:
-            stream.writelines(json.dumps(entry) + "\n" for entry in entries)
-            stream.flush()
-            os.fsync(stream.fileno())
+    def _failure(self, what: str, error: Exception) -> CheckpointError:
+        cause = "the disk is full" if _is_of_a_full_disk(error) else f"{what}: {first_line(error)}"
+        return CheckpointError(f"{self.folder}: {cause}; mend that and start again, what is finished is kept.")
+
+
+def _is_of_a_full_disk(error: Exception) -> bool:
+    return any(sign in str(error) for sign in DISK_FULL)
+
+
+def _write(entries: list[dict], stream: TextIO) -> None:
+    stream.writelines(json.dumps(entry) + "\n" for entry in entries)
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 def _lines(file: Path) -> list[dict]:
