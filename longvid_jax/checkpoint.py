@@ -7,8 +7,11 @@ nested dicts with string keys. Errors are Orbax's and the system's own: callers 
 import logging
 import os
 import shutil
+import sys
+import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -110,6 +113,7 @@ def parts_folder(folder: Path) -> Path:
 @contextmanager
 def _silent() -> Iterator[None]:
     """What goes wrong is raised; Orbax logs it besides, once for each of its threads, with their tracebacks."""
+    _silence_stragglers()
     loggers = logging.getLogger(), logging.getLogger("absl")
     for logger in loggers:
         logger.addFilter(_is_not_of_orbax)
@@ -122,6 +126,21 @@ def _silent() -> Iterator[None]:
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return ORBAX not in Path(record.pathname).parents
+
+
+@cache
+def _silence_stragglers() -> None:
+    """From now on: what was still being read or written when Orbax gave up has nobody left to tell its end."""
+    before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        frames = traceback.walk_tb(unraisable.exc_traceback)
+        of_orbax = any(ORBAX in Path(frame.f_code.co_filename).parents for frame, _ in frames)
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore_spec" not in record.getMessage())
 
 
 def _link(source: str, target: str) -> None:
