@@ -3,7 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +21,33 @@ NAME = "journal.jsonl"
 DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
+@contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """Within it Ctrl-C takes effect where the function that this gives is called, and at the end; a second one at once.
+
+    In the midst of Orbax's work KeyboardInterrupt may end one of its threads and leave the others writing, or get lost.
+    """
+    before, pressed = signal.getsignal(signal.SIGINT), []
+
+    def stop() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    def press(*_) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, before)
+
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield stop  # it is ignored, or another thread's to handle
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+    stop()
+
+
 class Journal:
     """A folder with parts of a checkpoint and a file that lists them, each with the checksums of its arrays.
 
@@ -26,14 +56,15 @@ class Journal:
     thrown away at the next start. Parts that were made for another `job` are thrown away, too.
     """
 
-    def __init__(self, folder: Path, job: dict):
+    def __init__(self, folder: Path, job: dict, between: Callable[[], None] = lambda: None):
+        """between: called before each part is verified."""
         self.folder, self.checksums, self._parts = folder, {}, []
         lines = _lines(folder / NAME)
         known = lines[1:] if lines and lines[0] == job else []
         if not known:
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [entry for entry in known if self._is_whole(entry)]
+        kept = [entry for entry in known if not between() and self._is_whole(entry)]
         self._drop_all_but({entry["part"] for entry in kept})
         with open(folder / f"{NAME}.new", "w", encoding="utf-8") as stream:
             _write([job, *kept], stream)

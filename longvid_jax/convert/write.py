@@ -14,7 +14,7 @@ import numpy as np
 from rich.filesize import decimal
 
 from longvid_jax.convert.folder import CONFIG, PARAMS, PROVENANCE, files_beside, is_checkpoint, write_json
-from longvid_jax.convert.journal import Journal
+from longvid_jax.convert.journal import Journal, stoppable
 from longvid_jax.convert.load import check_tied, grouped, nbytes, plan, stored_dtype
 from longvid_jax.convert.modules import abstract, network_config
 from longvid_jax.convert.ops import Op
@@ -104,7 +104,8 @@ def to_orbax(
     Every tensor is used and every parameter filled, as in `load`; values must be finite. Host memory: about three
     times the largest array, see `needs`. What is finished when the work is interrupted waits beside the target
     (`.NAME.converting`) and is verified and kept when the same conversion starts again; `target` gets its name by one
-    rename when all is there. Raises CheckpointError where source, target or space do not do; OptionError for a dtype.
+    rename when all is there. Ctrl-C ends it after the part that is being written, a second one at once.
+    Raises CheckpointError where source, target or space do not do; OptionError for a dtype.
     """
     dtype = _checked(dtype)
     source = open_source(_not_converted(path_or_id), revision)
@@ -118,9 +119,9 @@ def to_orbax(
         "table": table_hash(arrays.table),
         "dtype": None if dtype is None else dtype.name,
     }
-    with locked(target) as target:
+    with locked(target) as target, stoppable() as stop_if_asked:
         check_target(target, overwrite, is_checkpoint)
-        journal = Journal(sibling(target, "converting"), job)
+        journal = Journal(sibling(target, "converting"), job, stop_if_asked)
         todo = {path: spec for path, spec in arrays.specs.items() if path not in journal.checksums}
         progress = progress or (lambda _: None)
         progress(sum(nbytes(arrays.specs[path]) for path in journal.checksums))
@@ -133,7 +134,10 @@ def to_orbax(
         for group in _ahead(arrays.values, grouped(todo, _part_bytes(arrays.specs))):
             journal.add(group)
             progress(sum(array.nbytes for array in group.values()))
-        put_in_place(_whole(journal, source, arrays, job), target, overwrite)
+            stop_if_asked()
+        whole = _whole(journal, source, arrays, job)
+        stop_if_asked()
+        put_in_place(whole, target, overwrite)
         journal.remove()
     return target
 
