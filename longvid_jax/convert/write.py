@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.filesize import decimal
 
-from longvid_jax.convert.folder import CONFIG, PARAMS, PROVENANCE, files_beside, is_checkpoint, write_json
+from longvid_jax.convert.folder import CONFIG, PARAMS, PROVENANCE, SIZES, files_beside, is_checkpoint, sizes, write_json
 from longvid_jax.convert.journal import Journal, stoppable
 from longvid_jax.convert.load import check_tied, grouped, nbytes, plan, stored_dtype
 from longvid_jax.convert.modules import abstract, network_config
@@ -156,6 +156,7 @@ def _whole(journal: Journal, source: Source, arrays: "_Arrays", job: dict) -> Pa
         **job,
         "files": {file.name: file.stat().st_size for file in source.files},
         "parameters_crc32": {path: journal.checksums[path] for path in arrays.specs},
+        SIZES: sizes(folder / PARAMS),
     }
     write_json(folder / PROVENANCE, provenance)
     return folder
