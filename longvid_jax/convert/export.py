@@ -7,9 +7,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from longvid_jax.convert.folder import Checkpoint, files_beside
+from longvid_jax.convert.folder import PARAMS, Checkpoint, checksum, files_beside
 from longvid_jax.convert.save import Part, write_huggingface
 from longvid_jax.convert.tables import table_for
+from longvid_jax.errors import CheckpointError
 
 
 def to_huggingface(
@@ -24,7 +25,8 @@ def to_huggingface(
     """Writes a converted checkpoint as a folder that transformers loads; returns the folder.
 
     Without a dtype its tensors are bit for bit what was converted. Tokenizer, chat template and the like go with it.
-    Arguments and errors otherwise as of write_huggingface; CheckpointError if `checkpoint` is no converted one.
+    Arguments and errors otherwise as of write_huggingface; CheckpointError if `checkpoint` is no converted one, or if a
+    parameter of it has changed since it was made.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
@@ -46,4 +48,10 @@ def to_huggingface(
 
 
 def _read(checkpoint: Checkpoint, path: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    return checkpoint.read({path: spec})[path]
+    array = checkpoint.read({path: spec})[path]
+    made = checkpoint.provenance.get("parameters_crc32", {}).get(path)
+    if made is not None and checksum(array) != made:
+        raise CheckpointError(
+            f"{checkpoint.path / PARAMS}: {path} is damaged, its checksum is not that of the provenance; convert again."
+        )
+    return array
