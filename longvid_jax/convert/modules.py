@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from longvid_jax.convert.folder import Checkpoint, is_checkpoint
+from longvid_jax.convert.folder import PROVENANCE, Checkpoint, is_checkpoint
 from longvid_jax.convert.load import Shardings, fill, restore
 from longvid_jax.convert.source import Source, open_source
 from longvid_jax.convert.tables import architecture, table_for
@@ -23,7 +23,7 @@ NETWORKS = {
 def open_weights(path_or_id: str | Path, revision: str | None = None) -> Source | Checkpoint:
     """Opens a converted checkpoint, a Hugging Face folder or a hub id; CheckpointError if it is none of them."""
     path = Path(path_or_id).expanduser()
-    if is_checkpoint(path):
+    if is_checkpoint(path) or (path / PROVENANCE).is_file():  # with the latter alone it is one that is not whole
         if revision is not None:
             raise CheckpointError(f"{path} is a local folder, which has no revision {revision!r}; only a hub id has.")
         return Checkpoint(path)
