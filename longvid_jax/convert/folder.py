@@ -66,6 +66,11 @@ def is_checkpoint(folder: Path) -> bool:
     return checkpoint.is_checkpoint(folder / PARAMS)
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether `to_orbax` made the folder, and not somebody else who keeps parameters in one of the name."""
+    return is_checkpoint(folder) and (folder / PROVENANCE).is_file()
+
+
 def sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file below a folder, by its path from there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())

@@ -13,7 +13,17 @@ import jax
 import numpy as np
 from rich.filesize import decimal
 
-from longvid_jax.convert.folder import CONFIG, PARAMS, PROVENANCE, SIZES, files_beside, is_checkpoint, sizes, write_json
+from longvid_jax.convert.folder import (
+    CONFIG,
+    PARAMS,
+    PROVENANCE,
+    SIZES,
+    files_beside,
+    is_checkpoint,
+    is_converted,
+    sizes,
+    write_json,
+)
 from longvid_jax.convert.journal import Journal, stoppable
 from longvid_jax.convert.load import check_tied, grouped, nbytes, plan, stored_dtype
 from longvid_jax.convert.modules import abstract, network_config
@@ -120,7 +130,7 @@ def to_orbax(
         "dtype": None if dtype is None else dtype.name,
     }
     with locked(target) as target, stoppable() as stop_if_asked:
-        check_target(target, overwrite, is_checkpoint)
+        check_target(target, overwrite, is_converted)
         journal = Journal(sibling(target, "converting"), job, stop_if_asked)
         todo = {path: spec for path, spec in arrays.specs.items() if path not in journal.checksums}
         progress = progress or (lambda _: None)
