@@ -140,7 +140,8 @@ def _silence_stragglers() -> None:
             before(unraisable)
 
     sys.unraisablehook = hook
-    logging.getLogger("asyncio").addFilter(lambda record: "tensorstore_spec" not in record.getMessage())
+    signs = "tensorstore_spec", str(ORBAX)
+    logging.getLogger("asyncio").addFilter(lambda record: not any(sign in record.getMessage() for sign in signs))
 
 
 def _link(source: str, target: str) -> None:
