@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from longvid_jax.convert.folder import PARAMS, checksum, first_line
 from longvid_jax.errors import CheckpointError
 
 NAME = "journal.jsonl"
+BEGINNING = 1 << 20
 DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 
@@ -81,7 +83,8 @@ class Journal:
         except Exception as error:  # Orbax passes on what its storage library and the system raise
             raise self._failure(f"Orbax cannot write {next(iter(arrays))}", error) from error
         shapes = {path: list(array.shape) for path, array in arrays.items()}
-        entry = {"part": part, "checksums": checksums, "dtypes": dtypes, "shapes": shapes}
+        files = _files(checkpoint.parts_folder(self.folder / PARAMS) / part)
+        entry = {"part": part, "checksums": checksums, "dtypes": dtypes, "shapes": shapes, "files": files}
         with open(self.folder / NAME, "a", encoding="utf-8") as stream:
             _write([entry], stream)
         self._list(entry)
@@ -97,7 +100,9 @@ class Journal:
         shutil.rmtree(self.folder)
 
     def _is_whole(self, entry: dict) -> bool:
-        """Whether the arrays of a part are on the disk with the checksums of the list."""
+        """Whether a part's files are all there, and its arrays have the checksums of the list."""
+        if _files(checkpoint.parts_folder(self.folder / PARAMS) / entry["part"]) != entry.get("files"):
+            return False
         trial = self.folder / "trial"
         shutil.rmtree(trial, ignore_errors=True)
         trial.mkdir()
@@ -133,6 +138,18 @@ class Journal:
 
 def _is_of_a_full_disk(error: Exception) -> bool:
     return any(sign in str(error) for sign in DISK_FULL)
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Of each file below the folder the size, and the checksum of its beginning: metadata are no longer than that.
+
+    Orbax reads a part with some of them damaged, which it cannot merge with others.
+    """
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(file, "rb") as stream:
+            found[file.relative_to(folder).as_posix()] = [file.stat().st_size, zlib.crc32(stream.read(BEGINNING))]
+    return found
 
 
 def _write(entries: list[dict], stream: TextIO) -> None:
