@@ -144,6 +144,20 @@ def _silence_stragglers() -> None:
     logging.getLogger("asyncio").addFilter(lambda record: not any(sign in record.getMessage() for sign in signs))
 
 
+def can_link(folder: Path) -> bool:
+    """Whether files in the folder can have a second name; else merging copies them."""
+    first, second = folder / ".link", folder / ".linked"
+    first.touch()
+    try:
+        os.link(first, second)
+        second.unlink()
+    except OSError:
+        return False
+    finally:
+        first.unlink()
+    return True
+
+
 def _link(source: str, target: str) -> None:
     # Small files are metadata, which merging rewrites in place.
     if os.path.getsize(source) < SMALL:

@@ -20,6 +20,7 @@ from longvid_jax.errors import CheckpointError
 
 PARAMS, PROVENANCE, CONFIG = "params", "provenance.json", "config.json"
 SIZES = "params_bytes"  # in the provenance
+FORMAT = 1
 
 
 class Checkpoint:
@@ -37,6 +38,10 @@ class Checkpoint:
             )
         self.config = read_json(self.path / CONFIG)
         self.provenance = read_json(self.path / PROVENANCE) if (self.path / PROVENANCE).exists() else {}
+        if (made := self.provenance.get("format", FORMAT)) != FORMAT:
+            raise CheckpointError(
+                f"{folder} has the format {made}, but this version reads {FORMAT}; use the longvid_jax that made it."
+            )
         _check_sizes(self.path / PARAMS, self.provenance.pop(SIZES, {}))
         try:
             self.arrays = checkpoint.contents(self.path / PARAMS)

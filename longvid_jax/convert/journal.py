@@ -25,7 +25,7 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded")
 
 @contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
-    """Within it Ctrl-C takes effect where the function that this gives is called, and at the end; a second one at once.
+    """Within it Ctrl-C takes effect where the function that this gives is called; a second one at once.
 
     In the midst of Orbax's work KeyboardInterrupt may end one of its threads and leave the others writing, or get lost.
     """
@@ -47,7 +47,6 @@ def stoppable() -> Iterator[Callable[[], None]]:
         yield stop
     finally:
         signal.signal(signal.SIGINT, before)
-    stop()
 
 
 class Journal:
