@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from longvid_jax import convert
 from longvid_jax.models.llama import Decoder, DecoderConfig
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from tests.convert import resuming
 
 WIDTH, HIDDEN, VOCAB, KV, LAYERS = 32, 48, 64, 16, 4
 CONFIG = {
@@ -154,3 +155,11 @@ def converted(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
         return source, convert.to_orbax(source, folder / "converted")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def resumable(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint that makes a dozen parts, and an uninterrupted conversion of it; they stay as they are."""
+    folder = tmp_path_factory.mktemp("resumable")
+    source = resuming.write_source(folder / "source")
+    return source, resuming.to_orbax(source, folder / "whole")
