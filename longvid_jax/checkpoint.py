@@ -4,9 +4,14 @@ A tree is a flat dict from paths such as `text/layers/03/mlp/up/kernel` to array
 nested dicts with string keys. Errors are Orbax's and the system's own: callers know the words for theirs.
 """
 
+import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -17,16 +22,19 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 CHUNK_BYTES = 1 << 24  # stored pieces of an array: a device that needs a slice reads no more than its pieces
 PART = ".partial_save"  # Orbax's name for a folder of parts that are not merged yet
 SMALL = 1 << 20
+ORBAX = Path(ocp.__file__).parents[2]
+MARK = "orbax.checkpoint"  # a file in every checkpoint; by Orbax's own test nearly any folder is one
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether Orbax would read the folder."""
-    return folder.is_dir() and ocp.is_orbax_checkpoint(folder)
+    """Whether the folder is a whole checkpoint of Orbax."""
+    return (folder / MARK).is_file()
 
 
 def save(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
     """Writes a whole tree; `folder` must be absent."""
-    ocp.save(folder, unflatten_dict(dict(arrays), sep="/"))
+    with _silent():
+        ocp.save(folder, unflatten_dict(dict(arrays), sep="/"))
 
 
 def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
@@ -39,7 +47,7 @@ def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
     context.array.saving.use_compression = False  # weights hardly compress, and it takes five times as long
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    with context:
+    with context, _silent():
         ocp.partial.save(folder, unflatten_dict(dict(arrays), sep="/"))
     (name,) = parts(folder) - before
     return name
@@ -61,30 +69,93 @@ def merge(folder: Path, names: Iterable[str], target: Path) -> None:
     """
     for name in names:
         shutil.copytree(parts_folder(folder) / name, parts_folder(target) / name, copy_function=_link)
-    ocp.partial.finalize(target)
+    with _silent():
+        ocp.partial.finalize(target)
 
 
 def contents(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of a checkpoint, by path."""
-    tree = flatten_dict(ocp.metadata(folder).metadata, sep="/")
+    with _silent():
+        tree = ocp.metadata(folder).metadata
+    if tree is None:  # whatever it was that Orbax could not read
+        raise ValueError("its metadata are damaged")
+    tree = flatten_dict(tree, sep="/")
     return {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in tree.items()}
 
 
 def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array | np.ndarray]:
-    """The wanted arrays of a checkpoint, in the wanted dtypes and shardings; NumPy arrays where none is given."""
+    """The wanted arrays of a checkpoint, in the wanted dtypes and shardings; NumPy arrays where none is given.
+
+    LookupError for a path that it does not have, ValueError for another shape.
+    """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     abstract = {
         path: np.broadcast_to(np.zeros((), spec.dtype), spec.shape) if spec.sharding is None else spec
         for path, spec in wanted.items()
     }
-    with context:
-        return flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep="/")), sep="/")
+    with context, _silent():
+        arrays = flatten_dict(ocp.load(folder, unflatten_dict(abstract, sep="/")), sep="/")
+    for path, spec in wanted.items():
+        # Orbax gives back what it was given for a path that it does not have, and any shape for a NumPy array.
+        if arrays[path] is abstract[path]:
+            raise LookupError(f"{path} is not in it")
+        if arrays[path].shape != spec.shape:
+            raise ValueError(f"{path} has the shape {list(arrays[path].shape)}, not {list(spec.shape)}")
+    return arrays
 
 
 def parts_folder(folder: Path) -> Path:
     """Where the parts of `folder` lie until they are merged."""
     return folder.with_name(folder.name + PART)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What goes wrong is raised; Orbax logs it besides, once for each of its threads, with their tracebacks."""
+    _silence_stragglers()
+    loggers = logging.getLogger(), logging.getLogger("absl")
+    for logger in loggers:
+        logger.addFilter(_is_not_of_orbax)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_not_of_orbax)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return ORBAX not in Path(record.pathname).parents
+
+
+@cache
+def _silence_stragglers() -> None:
+    """From now on: what was still being read or written when Orbax gave up has nobody left to tell its end."""
+    before = sys.unraisablehook
+
+    def hook(unraisable) -> None:
+        frames = traceback.walk_tb(unraisable.exc_traceback)
+        of_orbax = any(ORBAX in Path(frame.f_code.co_filename).parents for frame, _ in frames)
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    signs = "tensorstore_spec", str(ORBAX)
+    logging.getLogger("asyncio").addFilter(lambda record: not any(sign in record.getMessage() for sign in signs))
+
+
+def can_link(folder: Path) -> bool:
+    """Whether files in the folder can have a second name; else merging copies them."""
+    first, second = folder / ".link", folder / ".linked"
+    first.touch()
+    try:
+        os.link(first, second)
+        second.unlink()
+    except OSError:
+        return False
+    finally:
+        first.unlink()
+    return True
 
 
 def _link(source: str, target: str) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import importlib
 import json
+import math
 import os
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from longvid_jax.errors import LongvidError, OptionError, VideoWarning
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what shells give for SIGINT and SIGPIPE
+WIDE = 1000  # columns
 SHOWN_FAULTS = 5  # of a checkpoint that has many
 DTYPES = ("float32", "bfloat16", "float16")
 BENCHMARKS = {  # each a module evaluate.bench_NAME with add_arguments, run and report
@@ -41,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LongvidError as error:
             _say(f"error: {error if arguments.all_faults else _one_line(error)}")
             return 2
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):  # `longvid ... | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a failure at exit is kept away too
+                return BROKEN_PIPE
+            _say(f"error: {error}")
+            return 2
         except KeyboardInterrupt:
             _say("interrupted")
             return INTERRUPTED
-        except BrokenPipeError:  # `longvid ... | head`; a second failure when Python flushes at exit is kept away too
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return BROKEN_PIPE
     return 0
 
 
@@ -66,7 +71,9 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     _export_arguments(_command(commands, "export", _export, "write a converted checkpoint back as Hugging Face has it"))
 
     inspect = _command(commands, "inspect", _inspect, "show what is in a checkpoint, from its headers alone")
-    inspect.add_argument("path", metavar="PATH", help="converted folder, Hugging Face folder or hub id")
+    inspect.add_argument("path", metavar="PATH", help="converted folder, Hugging Face folder or hub id (is fetched)")
+    inspect.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    inspect.add_argument("--verify", action="store_true", help="compare a converted folder's parameters' checksums")
 
     bench = commands.add_parser("bench", help="measure", description="Measure, side by side with a baseline.")
     kinds = bench.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
@@ -284,7 +291,7 @@ def _export_arguments(export: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> float:
     try:
-        if (value := float(text)) > 0:
+        if 0 < (value := float(text)) < math.inf:
             return value
     except ValueError:
         pass
@@ -297,20 +304,25 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     if arguments.target is None and not arguments.dry_run:
         raise OptionError("TARGET is missing; give the folder to make, or --dry-run to see what it takes.")
-    options = {"dtype": arguments.dtype, "revision": arguments.revision}
-    forecast = convert.needs(arguments.source, **options)
     if arguments.dry_run:
+        forecast = convert.needs(arguments.source, dtype=arguments.dtype, revision=arguments.revision)
         _print_json(dataclasses.asdict(forecast)) if arguments.json else print(forecast)
         return
+    source = convert.open_to_convert(arguments.source, arguments.revision)
+    size = convert.needs(source, dtype=arguments.dtype).target_bytes
     try:
         with _progress(in_bytes=True) as progress:
-            bar = progress.add_task("converting", total=forecast.target_bytes)
-            options |= {"overwrite": arguments.overwrite, "progress": partial(progress.advance, bar)}
-            target = convert.to_orbax(arguments.source, arguments.target, **options)
+            target = convert.to_orbax(
+                source,
+                arguments.target,
+                dtype=arguments.dtype,
+                overwrite=arguments.overwrite,
+                progress=partial(progress.advance, progress.add_task("converting", total=size)),
+            )
     except KeyboardInterrupt:
-        _say("what is finished is kept; give the same command again to go on")
+        _say(f"what is finished is kept beside {arguments.target}; give the same command again to go on")
         raise
-    _converted(arguments, target, forecast.target_bytes)
+    _converted(arguments, target, size)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -348,10 +360,22 @@ def _inspect(arguments: argparse.Namespace) -> None:
     _without_accelerator()
     from rich.console import Console
 
-    from longvid_jax.convert import describe, render
+    from longvid_jax import convert
 
-    description = describe(arguments.path)
-    _print_json(description) if arguments.json else Console().print(render(description), soft_wrap=True)
+    description = convert.describe(arguments.path, arguments.revision)
+    if arguments.verify:
+        checkpoint = convert.Checkpoint(arguments.path)
+        with _progress(in_bytes=True) as progress:
+            bar = progress.add_task("verifying", total=checkpoint.nbytes())
+            convert.verify(checkpoint, partial(progress.advance, bar))
+        description["verified"] = True
+    if arguments.json:
+        _print_json(description)
+        return
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)  # nothing is cut off for another program
+    console.print(convert.render(description), soft_wrap=True)
+    if arguments.verify:
+        print("every parameter has its checksum")
 
 
 def _bench_video(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import longvid_jax as lv
 from longvid_jax.evaluate import tiny
 
 SIZES = {"width": 64, "depth": 2, "vision_width": 32, "vision_depth": 1}
@@ -74,6 +75,39 @@ def test_all_faults_in_one_report(capsys, copy, tmp_path):
     wrong, right = (f"model.layers.1.mlp.up_{name}.weight" for name in ("porj", "proj"))
     assert f"  {wrong}: no parameter has this name; did you mean {right}?" in lines
     assert not (tmp_path / "target").exists()
+
+
+def test_verify(succeeds, fails, checkpoint, tmp_path):
+    target = tmp_path / "converted"
+    succeeds("convert", checkpoint, target)
+    assert "every parameter has its checksum" in succeeds("inspect", target, "--verify")[0]
+    assert json.loads(succeeds("inspect", target, "--verify", "--json")[0])["verified"]
+    data = max(
+        (file for file in (target / "params").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    line = fails("inspect", target, "--verify")
+    assert "is damaged" in line or "cannot be read" in line
+
+
+def test_values_too_large_for_float16(fails, succeeds, copy, tmp_path):
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][7] = 1e6
+    save_file(tensors, copy / "model.safetensors")
+    target = tmp_path / "converted"
+    line = fails("convert", copy, target, "--dtype", "float16")
+    assert "model.norm.weight has values too large for float16" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+    succeeds("convert", copy, target)
+    assert "text/norm/scale has values too large" in fails("export", target, tmp_path / "back", "--dtype", "float16")
+    for folder in (copy, target):
+        with pytest.raises(lv.CheckpointError, match="text/norm/scale; load them in bfloat16 or float32"):
+            lv.load(folder, dtype="float16")
+        with pytest.raises(lv.OptionError, match="dtype is 'int8'"):
+            lv.load(folder, dtype="int8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "copy"]
 
 
 def damaged_header(folder: Path) -> None:
@@ -146,8 +180,13 @@ def test_targets_and_sources_that_do_not_do(fails, succeeds, checkpoint, tmp_pat
     succeeds("convert", checkpoint, target)
     assert "is converted already" in fails("convert", target, tmp_path / "again")
     assert "give --overwrite" in fails("convert", checkpoint, target)
-    assert "holds something else" in fails("convert", checkpoint, checkpoint, "--overwrite")
-    assert "holds something else" in fails("export", target, target, "--overwrite")
+    assert "lies within" in fails("convert", checkpoint, checkpoint, "--overwrite")
+    assert "lies within" in fails("export", target, tmp_path, "--overwrite")
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    assert "holds something else" in fails("convert", checkpoint, other, "--overwrite")
+    (other / "checkpoint-500").mkdir()  # a model with a training's checkpoints in it
+    assert "holds something else" in fails("export", target, other, "--overwrite")
+    shutil.rmtree(other)
     succeeds("convert", checkpoint, target, "--overwrite")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     line = fails("convert", checkpoint, tmp_path / "more")

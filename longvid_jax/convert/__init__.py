@@ -1,6 +1,6 @@
 """Hugging Face checkpoints into modules and back: one table a model, both directions, streamed and strict."""
 
-from longvid_jax.convert.export import to_huggingface
+from longvid_jax.convert.export import to_huggingface, verify
 from longvid_jax.convert.folder import Checkpoint
 from longvid_jax.convert.inspect import describe, render
 from longvid_jax.convert.load import check_finite, fill, plan, restore
@@ -8,7 +8,7 @@ from longvid_jax.convert.modules import build, from_huggingface, network_config,
 from longvid_jax.convert.save import Part, save_huggingface, write_huggingface
 from longvid_jax.convert.source import Source, TensorInfo, open_source
 from longvid_jax.convert.tables import Table, architecture, table_for
-from longvid_jax.convert.write import Needs, needs, to_orbax
+from longvid_jax.convert.write import Needs, needs, open_to_convert, to_orbax
 
 __all__ = [
     "Checkpoint",
@@ -26,6 +26,7 @@ __all__ = [
     "needs",
     "network_config",
     "open_source",
+    "open_to_convert",
     "open_weights",
     "plan",
     "render",
@@ -34,5 +35,6 @@ __all__ = [
     "table_for",
     "to_huggingface",
     "to_orbax",
+    "verify",
     "write_huggingface",
 ]

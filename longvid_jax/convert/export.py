@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from longvid_jax.convert.folder import Checkpoint, files_beside
+from longvid_jax.convert.folder import PARAMS, Checkpoint, checksum, files_beside
 from longvid_jax.convert.save import Part, write_huggingface
 from longvid_jax.convert.tables import table_for
+from longvid_jax.convert.target import check_apart
+from longvid_jax.errors import CheckpointError
 
 
 def to_huggingface(
@@ -24,10 +26,12 @@ def to_huggingface(
     """Writes a converted checkpoint as a folder that transformers loads; returns the folder.
 
     Without a dtype its tensors are bit for bit what was converted. Tokenizer, chat template and the like go with it.
-    Arguments and errors otherwise as of write_huggingface; CheckpointError if `checkpoint` is no converted one.
+    Arguments and errors otherwise as of write_huggingface; CheckpointError if `checkpoint` is no converted one, or if a
+    parameter of it has changed since it was made.
     """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
+    check_apart(checkpoint.path, target)
     parts = {
         path: Part(spec.shape, np.dtype(spec.dtype), partial(_read, checkpoint, path, spec))
         for path, spec in checkpoint.arrays.items()
@@ -45,5 +49,25 @@ def to_huggingface(
     )
 
 
+def verify(checkpoint: Checkpoint, progress: Callable[[int], None] | None = None) -> None:
+    """Reads every parameter; CheckpointError for the first whose checksum is not that of the provenance.
+
+    progress: called with the bytes that have just been read.
+    """
+    if "parameters_crc32" not in checkpoint.provenance:
+        raise CheckpointError(f"{checkpoint.name} has no checksums in its provenance.json; convert again.")
+    for path, spec in checkpoint.arrays.items():
+        size = _read(checkpoint, path, spec).nbytes
+        if progress:
+            progress(size)
+
+
 def _read(checkpoint: Checkpoint, path: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    return checkpoint.read({path: spec})[path]
+    """One parameter, after its checksum has been compared."""
+    array = checkpoint.read({path: spec})[path]
+    made = checkpoint.provenance.get("parameters_crc32", {}).get(path)
+    if made is not None and checksum(array) != made:
+        raise CheckpointError(
+            f"{checkpoint.path / PARAMS}: {path} is damaged, its checksum is not that of the provenance; convert again."
+        )
+    return array

@@ -1,7 +1,7 @@
 """The library's own checkpoint folder: `params/`, written by Orbax, and beside it what a model needs besides.
 
 config.json, tokenizer files, chat template, ...   as they were in the Hugging Face folder
-provenance.json                                    where the parameters came from, and a checksum of each
+provenance.json                                    where the parameters came from, a checksum of each, and file sizes
 params/                                            plain nested dicts, each layer its own: layers/03/mlp/up/kernel
 """
 
@@ -19,13 +19,15 @@ from longvid_jax.convert.source import BESIDE, read_json
 from longvid_jax.errors import CheckpointError
 
 PARAMS, PROVENANCE, CONFIG = "params", "provenance.json", "config.json"
+SIZES = "params_bytes"  # in the provenance
+FORMAT = 1
 
 
 class Checkpoint:
     """A converted checkpoint whose metadata have been read.
 
     `.name` as it was asked for, its folder `.path`, its `.config`, its `.provenance`, and `.arrays`: shape and dtype
-    by canonical path.
+    by canonical path. CheckpointError if the folder is none, or is not whole.
     """
 
     def __init__(self, folder: str | Path):
@@ -36,6 +38,11 @@ class Checkpoint:
             )
         self.config = read_json(self.path / CONFIG)
         self.provenance = read_json(self.path / PROVENANCE) if (self.path / PROVENANCE).exists() else {}
+        if (made := self.provenance.get("format", FORMAT)) != FORMAT:
+            raise CheckpointError(
+                f"{folder} has the format {made}, but this version reads {FORMAT}; use the longvid_jax that made it."
+            )
+        _check_sizes(self.path / PARAMS, self.provenance.pop(SIZES, {}))
         try:
             self.arrays = checkpoint.contents(self.path / PARAMS)
         except Exception as error:  # Orbax has no common base for what a damaged folder makes it raise
@@ -64,6 +71,29 @@ def is_checkpoint(folder: Path) -> bool:
     return checkpoint.is_checkpoint(folder / PARAMS)
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether `to_orbax` made the folder, and not somebody else who keeps parameters in one of the name."""
+    return is_checkpoint(folder) and (folder / PROVENANCE).is_file()
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file below a folder, by its path from there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def _check_sizes(folder: Path, expected: Mapping[str, int]) -> None:
+    """Names the file that is missing or cut off, which Orbax cannot: it finds out late, and speaks of array indices."""
+    for name, size in expected.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; copy the folder again or convert again.")
+        if (found := file.stat().st_size) != size:
+            raise CheckpointError(
+                f"{file} has {found:,} bytes, but must have {size:,}; copy the folder again or convert again."
+            )
+
+
 def files_beside(folder: Path) -> list[Path]:
     """What belongs to a model besides its weights and its config: tokenizer, chat template, generation config, ..."""
     found = {file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}
@@ -82,6 +112,8 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for one sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__
+    """What an error of another library says, or the one that was its cause, short enough for one sentence."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).partition(" [tensorstore_spec=")[0].strip().splitlines()
+    return lines[0][:500].rstrip(".") if lines else type(error).__name__

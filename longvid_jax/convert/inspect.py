@@ -64,6 +64,8 @@ def _tensors(source: Source, table: Table | None) -> list[dict]:
     def becomes(key: str) -> str | None:
         if table is None:
             return None
+        if table.tied and source.config.get("tie_word_embeddings") and table.spelling(key) == table.tied[0]:
+            return table.target(table.tied[1])[0]
         return IGNORED if table.is_ignored(key) else (table.target(key) or (None,))[0]
 
     return [

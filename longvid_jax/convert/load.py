@@ -1,7 +1,9 @@
 """From stored weights into a module, strictly and without the whole of them ever being in host memory."""
 
+import ctypes
 import difflib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -14,11 +16,13 @@ from longvid_jax.convert.folder import Checkpoint
 from longvid_jax.convert.ops import Op
 from longvid_jax.convert.source import DTYPES, Source
 from longvid_jax.convert.tables import Table
-from longvid_jax.errors import CheckpointError
+from longvid_jax.errors import CheckpointError, OptionError
 from longvid_jax.models.paths import Leaf, leaves
 
 SLAB_BYTES = 1 << 24
-RESTORED_BYTES = 1 << 28  # of a checkpoint are read in one go
+RESTORED_BYTES = 1 << 26  # of a checkpoint are read in one go
+
+TYPES = ("float32", "bfloat16", "float16")  # that parameters may be cast to
 
 Shardings = Callable[[str, tuple[int, ...]], Sharding]
 
@@ -125,6 +129,13 @@ def restore(checkpoint: Checkpoint, module, *, dtype=None, shardings: Shardings 
 def _restored(checkpoint: Checkpoint, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[tuple[str, jax.Array]]:
     for group in grouped(wanted, RESTORED_BYTES):
         yield from checkpoint.read(group).items()
+        give_back_memory()
+
+
+def give_back_memory() -> None:
+    """To the system, where the C library can: what it keeps of a part's memory for later would add up to several."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def grouped(specs: Mapping[str, jax.ShapeDtypeStruct], limit: int) -> Iterator[dict[str, jax.ShapeDtypeStruct]]:
@@ -180,7 +191,8 @@ def _tensor(source: Source, key: str, op: Op, spec: jax.ShapeDtypeStruct) -> jax
     def part(index):
         bounds = tuple(s.indices(size) for s, size in zip(index, spec.shape, strict=True))
         if bounds not in parts:
-            parts[bounds] = op.read(partial(source.read, key), index).astype(spec.dtype, copy=False)
+            with np.errstate(over="ignore"):  # who casts to float16 looks for infinities afterwards
+                parts[bounds] = op.read(partial(source.read, key), index).astype(spec.dtype, copy=False)
         return parts[bounds]
 
     # Waits, or tensors on their way to the devices would pile up in host memory.
@@ -196,7 +208,19 @@ def _without_first_axis(sharding: Sharding) -> Sharding:
     raise TypeError(f"a stack of layers needs a NamedSharding or a single device, not {sharding}")
 
 
-def check_finite(module) -> None:
+def checked_dtype(dtype) -> np.dtype | None:
+    """The dtype that parameters are to have, None for what is stored; OptionError for one that they cannot have."""
+    if dtype is None:
+        return None
+    try:
+        if (found := np.dtype(dtype)).name in TYPES:
+            return found
+    except TypeError:
+        pass
+    raise OptionError(f"dtype is {dtype!r}, but must be one of {', '.join(TYPES)}, or None for what is stored.")
+
+
+def check_finite(module, cause: str = "the checkpoint is damaged") -> None:
     """Raises CheckpointError that names the first parameters with NaN or infinity in them, if there are any."""
     bad = []
     for leaf in leaves(module):
@@ -205,7 +229,7 @@ def check_finite(module) -> None:
     if bad:
         more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         names = ", ".join(bad[:5]) + more
-        raise CheckpointError(f"the weights have NaN or infinity in {names}; the checkpoint is damaged.")
+        raise CheckpointError(f"the weights have NaN or infinity in {names}; {cause}.")
 
 
 @partial(jax.jit, static_argnames="axes")

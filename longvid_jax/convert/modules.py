@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
-from longvid_jax.convert.folder import Checkpoint, is_checkpoint
-from longvid_jax.convert.load import Shardings, fill, restore
+from longvid_jax.convert.folder import PROVENANCE, Checkpoint, first_line, is_checkpoint
+from longvid_jax.convert.load import Shardings, check_finite, checked_dtype, fill, restore
 from longvid_jax.convert.source import Source, open_source
 from longvid_jax.convert.tables import architecture, table_for
 from longvid_jax.errors import CheckpointError
@@ -23,7 +24,7 @@ NETWORKS = {
 def open_weights(path_or_id: str | Path, revision: str | None = None) -> Source | Checkpoint:
     """Opens a converted checkpoint, a Hugging Face folder or a hub id; CheckpointError if it is none of them."""
     path = Path(path_or_id).expanduser()
-    if is_checkpoint(path):
+    if is_checkpoint(path) or (path / PROVENANCE).is_file():  # with the latter alone it is one that is not whole
         if revision is not None:
             raise CheckpointError(f"{path} is a local folder, which has no revision {revision!r}; only a hub id has.")
         return Checkpoint(path)
@@ -59,16 +60,25 @@ def build(weights: Source | Checkpoint, config, *, dtype=None, stacked=False, sh
         module = getattr(module, part, None)
         if not isinstance(module, nnx.Module):
             raise CheckpointError(f"{weights.name} has no part {part!r}; give the name of one, such as 'vision'.")
-    options = {"dtype": dtype, "shardings": shardings, "within": f"{part}/" if part else ""}
+    options = {"dtype": checked_dtype(dtype), "shardings": shardings, "within": f"{part}/" if part else ""}
     if isinstance(weights, Checkpoint):
-        return restore(weights, module, **options)
-    return fill(weights, module, table_for(weights.config), **options)
+        filled = restore(weights, module, **options)
+    else:
+        filled = fill(weights, module, table_for(weights.config), **options)
+    if options["dtype"] == np.float16:
+        check_finite(filled, "load them in bfloat16 or float32, float16 ends at 65504")
+    return filled
 
 
 def abstract(config: dict, settings, *, stacked: bool = False):
     """The module of a config.json and of what network_config made of it, without arrays."""
     network, _ = NETWORKS[architecture(config)]
-    return jax.eval_shape(lambda: network(settings, stacked=stacked, rngs=nnx.Rngs(0)))
+    try:
+        return jax.eval_shape(lambda: network(settings, stacked=stacked, rngs=nnx.Rngs(0)))
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"config.json has sizes of which no network can be built ({first_line(error)}); fetch it again."
+        ) from error
 
 
 def network_config(weights) -> DecoderConfig | Qwen2VLConfig:

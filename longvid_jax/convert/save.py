@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from longvid_jax.convert.folder import CONFIG, is_checkpoint
+from longvid_jax.convert.folder import CONFIG
+from longvid_jax.convert.load import checked_dtype
 from longvid_jax.convert.ops import Op
+from longvid_jax.convert.pickled import SUFFIXES
 from longvid_jax.convert.source import INDEX
 from longvid_jax.convert.tables import Table, class_name
 from longvid_jax.convert.target import written
@@ -58,7 +60,7 @@ def write_huggingface(
     fails or is killed before leaves nothing under it, see `longvid_jax.convert.target`. Raises CheckpointError if the
     target does not do, another process writes to it, its disk is too small or a part cannot be written.
     """
-    tensors = _tensors(parts, table, dtype)
+    tensors = _tensors(parts, table, checked_dtype(dtype))
     copied = _copied(beside)
     split = split_state_dict_into_shards_factory(
         tensors,
@@ -70,7 +72,8 @@ def write_huggingface(
     dtypes = {tensor.dtype.name for tensor in tensors.values()}
     if len(dtypes) == 1:
         name = dtypes.pop()
-        texts[CONFIG] |= {"torch_dtype": name, "dtype": name}  # the names before and after transformers 4.56
+        named = {"torch_dtype": name, "dtype": name}  # before and after transformers 4.56
+        texts[CONFIG] = {key: _renamed(value, named) for key, value in texts[CONFIG].items()} | named
     if split.is_sharded:
         texts[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     needed = split.metadata["total_size"] + sum(file.stat().st_size for file in copied)
@@ -81,11 +84,19 @@ def write_huggingface(
             (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, keys in split.filename_to_tensors.items():
             _write(unfinished / name, {key: tensors[key] for key in keys}, progress or (lambda _: None))
-    return Path(folder)
+    return Path(folder).expanduser().resolve()
+
+
+def _renamed(value, named: dict[str, str]):
+    """A part of a config with the new names where it has them, as text_config does."""
+    return value | {key: named[key] for key in named if key in value} if isinstance(value, dict) else value
 
 
 def _is_huggingface(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and not is_checkpoint(folder)
+    """Whether the folder is a model and nothing more, such as a training's checkpoints beside it, would be lost."""
+    files = list(folder.iterdir())
+    weights = any(file.suffix in (".safetensors", *SUFFIXES) for file in files)
+    return weights and (folder / CONFIG).is_file() and all(file.is_file() for file in files)
 
 
 def save_huggingface(module, config: dict, folder: str | Path, table: Table, dtype=None) -> Path:
@@ -121,7 +132,11 @@ class _Tensor:
         values = self.part.values()
         if values.shape != self.part.shape:
             raise ValueError(f"{self.path} was to have the shape {self.part.shape} and has {values.shape}")
-        return np.ascontiguousarray(self.op.invert(values), self.dtype)
+        with np.errstate(over="ignore"):
+            written = np.ascontiguousarray(self.op.invert(values), self.dtype)
+        if self.dtype == np.float16 != values.dtype and np.isinf(written).any():
+            raise CheckpointError(f"{self.path} has values too large for float16; write bfloat16 or float32.")
+        return written
 
 
 def _tensors(parts: Mapping[str, Part], table: Table, dtype) -> dict[str, _Tensor]:

@@ -121,7 +121,9 @@ def _text_table(config: dict) -> Table:
 def _qwen2_vl_table(config: dict) -> Table:
     vision = config.get("vision_config", {})
     patch = PatchKernel(
-        vision.get("in_channels", 3), vision.get("temporal_patch_size", 2), vision.get("patch_size", 14)
+        vision.get("in_channels", vision.get("in_chans", 3)),
+        vision.get("temporal_patch_size", 2),
+        vision.get("patch_size", 14),
     )  # the defaults are transformers'; configs of published checkpoints leave fields out
     prefixes = (("model.language_model.", "model."), ("model.visual.", "visual."))
     return Table((*_decoder("text/"), *_qwen2_vision(patch)), prefixes, ROTARY_BUFFERS, TIED)
@@ -139,7 +141,7 @@ def architecture(config: dict) -> str:
     by_class = {name: model for model, (name, _) in MODELS.items()}
     classes = config.get("architectures") or []
     model = config.get("model_type") or next((by_class[name] for name in classes if name in by_class), None)
-    if model not in MODELS:
+    if not isinstance(model, str) or model not in MODELS:
         said = f"model_type {model!r}" if model else f"architectures {classes!r} and no model_type"
         raise CheckpointError(f"the config has {said}, which is not supported; what is: {', '.join(MODELS)}.")
     return model

@@ -78,6 +78,8 @@ def written(folder: str | Path, needed_bytes: int, overwrite: bool, is_ours: Cal
 
 def check_target(target: Path, overwrite: bool, is_ours: Callable[[Path], bool]) -> None:
     """Raises CheckpointError unless `target` is absent, empty, or to be overwritten and `is_ours`."""
+    if target == Path.cwd():
+        raise CheckpointError(f"{target} is the current folder, which cannot be renamed to; give a folder inside it.")
     if target.is_mount():
         raise CheckpointError(f"{target} is a mount point, which cannot be renamed to; give a folder inside it.")
     if _is_free(target):
@@ -92,6 +94,13 @@ def check_target(target: Path, overwrite: bool, is_ours: Callable[[Path], bool])
         raise CheckpointError(
             f"{target} holds something else than what would replace it; remove it or give another target."
         )
+
+
+def check_apart(source: str | Path, target: str | Path) -> None:
+    """Raises CheckpointError if the source lies within the target, which would be replaced with it in it."""
+    source, target = Path(source).expanduser().resolve(), Path(target).expanduser().resolve()
+    if source.is_relative_to(target):
+        raise CheckpointError(f"{source} lies within {target}, which would be replaced; give another target.")
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

@@ -12,8 +12,8 @@ from flax import nnx
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from longvid_jax import convert
-from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from longvid_jax.data.chat import QWEN2_VL_TEMPLATE
+from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "

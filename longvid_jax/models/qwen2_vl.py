@@ -11,6 +11,7 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from longvid_jax.errors import CheckpointError
 from longvid_jax.models.layers import LayerNorm, Linear, repeat
 from longvid_jax.models.llama import Decoder, DecoderConfig
 from longvid_jax.ops.attention import Keys, attend
@@ -35,7 +36,13 @@ class VisionConfig:
     @classmethod
     def from_huggingface(cls, config: dict) -> "VisionConfig":
         """Reads the vision_config of a config.json."""
+        if (activation := config.get("hidden_act", "quick_gelu")) != "quick_gelu":
+            raise CheckpointError(
+                f"config.json: hidden_act under vision_config is '{activation}', but this tower has only 'quick_gelu'."
+            )
         names = {
+            "in_chans": "channels",
+            "in_channels": "channels",
             "depth": "depth",
             "embed_dim": "width",
             "hidden_size": "out_width",

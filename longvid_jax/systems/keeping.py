@@ -7,13 +7,13 @@ dtype), and arrays/, which Orbax writes.
 import dataclasses
 import importlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-import longvid_jax
 from longvid_jax import checkpoint
 from longvid_jax.convert.folder import first_line
 from longvid_jax.convert.target import written
@@ -32,7 +32,7 @@ def save(memory, folder: str | Path, *, overwrite: bool = False) -> Path:
     arrays: dict[str, jax.Array | np.ndarray] = {}
     structure = {
         "format": FORMAT,
-        "longvid_jax": longvid_jax.__version__,
+        "longvid_jax": version("longvid_jax"),
         "memory": _describe(memory, "memory", arrays),
     }
     size = sum(array.nbytes for array in arrays.values())

@@ -13,7 +13,14 @@ from longvid_jax.systems.settings import Settings
 
 
 def load(
-    source, method: ReTaKe | None = None, dtype=None, mesh=None, *, stacked: bool | None = None, part: str | None = None
+    source,
+    method: ReTaKe | None = None,
+    dtype=None,
+    mesh=None,
+    *,
+    stacked: bool | None = None,
+    part: str | None = None,
+    revision: str | None = None,
 ) -> RetakeModel:
     """A model that answers questions about videos, from a converted folder, a Hugging Face folder or a hub id.
 
@@ -21,13 +28,14 @@ def load(
     device is good at. mesh: a jax.sharding.Mesh over which parameters and caches are spread (see scale.make_mesh).
     stacked: layers as one scanned stack (the default on TPUs and with a mesh) or as a tuple.
     part: "vision" or "text" loads that network alone and returns it as a bare module (models.qwen2_vl).
+    revision: branch, tag or commit of a hub id.
 
     Weights are read slice by slice, straight to where they belong; every tensor must be used and every parameter
     filled. Raises CheckpointError with all that does not fit.
     """
     if method is not None and not isinstance(method, ReTaKe):
         raise OptionError(f"method is {method!r}, but must be lv.ReTaKe(...) or None.")
-    weights = convert.open_weights(source)
+    weights = convert.open_weights(source, revision)
     if (name := convert.architecture(weights.config)) != "qwen2_vl":
         raise CheckpointError(f"{weights.name} is a {name} model, which has no vision tower; ReTaKe runs on qwen2_vl.")
     config = convert.network_config(weights)

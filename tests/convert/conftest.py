@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -10,8 +11,10 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
+from longvid_jax import convert
 from longvid_jax.models.llama import Decoder, DecoderConfig
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from tests.convert import resuming
 
 WIDTH, HIDDEN, VOCAB, KV, LAYERS = 32, 48, 64, 16, 4
 CONFIG = {
@@ -139,3 +142,24 @@ class Checkpoints:
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
     return Checkpoints(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
+    """(model, tied=False) -> its Hugging Face folder and what `to_orbax` made of it, once: they stay as they are."""
+
+    @cache
+    def make(model: str = "llama", *, tied: bool = False) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(model)
+        source = write(folder / "source", config_of(model, tied=tied), tensors_of(model, tied=tied), shards=2)
+        return source, convert.to_orbax(source, folder / "converted")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def resumable(tmp_path_factory) -> tuple[Path, Path]:
+    """A checkpoint that makes a dozen parts, and an uninterrupted conversion of it; they stay as they are."""
+    folder = tmp_path_factory.mktemp("resumable")
+    source = resuming.write_source(folder / "source")
+    return source, resuming.to_orbax(source, folder / "whole")
