@@ -1,0 +1,156 @@
+"""Batches: the same from any process, thread and start; in static shapes; with what cannot be read at weight 0."""
+
+import dataclasses
+
+import grain
+import numpy as np
+import pytest
+
+from longvid_jax.data.batches import Batches, Example, Shapes, Shifts, batches_from, endless, mixed
+from longvid_jax.data.world import WorldSource
+from longvid_jax.errors import OptionError, VideoError
+from longvid_jax.evaluate import tiny
+from longvid_jax.video.synthetic import FAMILIES, World
+
+SHAPES = Shapes(frames=(4, 8, 16), text=(256, 1024, 4096), temporal=2, merged=28)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tiny.byte_tokenizer())
+
+
+def make(tokenizer, source, batch_size=4, **how):
+    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    examples = source if isinstance(source, grain.MapDataset) else endless(source, seed=3)
+    return Batches(examples, tokenizer, video, SHAPES, batch_size, **how)
+
+
+WORLD = WorldSource(count=100, seconds=(2.0, 4.0, 8.0), questions=3)
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_batch_depends_on_seed_and_number_alone(tokenizer):
+    shifts = Shifts(offset=50, stride=4)
+    alone = [make(tokenizer, WORLD, shifts=shifts)[b] for b in range(6)]
+    for workers in (1, 4):
+        ahead = batches_from(make(tokenizer, WORLD, shifts=shifts), 2, workers=workers)
+        for expected in alone[2:]:
+            got = next(ahead)
+            assert got.index == expected.index
+            assert [e.id for e in got.examples] == [e.id for e in expected.examples]
+            assert_same(got.arrays, expected.arrays)
+    other = make(tokenizer, WORLD, seed=1, shifts=shifts)[2]
+    assert not np.array_equal(other.arrays["positions"], alone[2].arrays["positions"])
+
+
+def test_processes_share_a_batch(tokenizer):
+    whole = make(tokenizer, WORLD)[1]
+    parts = [make(tokenizer, WORLD, process=p, processes=2)[1] for p in range(2)]
+    together = {name: np.concatenate([part.arrays[name] for part in parts]) for name in whole.arrays}
+    assert_same(together, whole.arrays)
+    with pytest.raises(OptionError, match="multiple of the 3 processes"):
+        make(tokenizer, WORLD, processes=3)
+
+
+def test_the_smallest_shape_in_which_all_fit(tokenizer):
+    seen = set()
+    for b in range(8):
+        batch = make(tokenizer, WORLD, batch_size=2)[b]
+        longest = max(example.num_frames for example in batch.examples)
+        frames = batch.arrays["frames"].shape[1]
+        assert frames == min(size for size in SHAPES.frames if size >= longest)
+        length = batch.arrays["tokens"].shape[1] - frames // 2 * 4
+        used = (batch.arrays["groups"] >= 0).sum(1).max() - frames // 2 * 4
+        assert length == min(size for size in SHAPES.text if size >= used)
+        seen.add((frames, length))
+    assert len({frames for frames, _ in seen}) > 1
+    with pytest.raises(OptionError, match="clear/train/.* takes 18 frames, but the largest bucket has 16"):
+        make(tokenizer, WorldSource(count=5, seconds=(9.0,), questions=1))[0]
+
+
+def test_frames_are_the_worlds(tokenizer):
+    batch = make(tokenizer, WORLD)[0]
+    for row, example in enumerate(batch.examples):
+        world = World(int(example.id.rsplit("/", 1)[1]), seconds=example.num_frames / 2)
+        expected = world.render(np.arange(example.num_frames) / 2, (56, 56))
+        got = batch.arrays["frames"][row]
+        np.testing.assert_array_equal(got[: len(expected)], expected)
+        assert (got[len(expected) :] == expected[-1]).all()
+        answers = [question.answer for question in world.questions(3)]
+        assert [turns[0][1] for turns in example.conversations] == answers
+        assert set(example.tags) <= set(FAMILIES)
+
+
+def test_letters(tokenizer):
+    example = WorldSource(count=5, seconds=(16.0,), questions=7, letters=1.0)[3]
+    asked = [turn[0] for turn in example.conversations]
+    assert any("\nA. " in text and len(answer) == 1 for text, answer in asked)
+    assert example.conversations == WorldSource(count=5, seconds=(16.0,), questions=7, letters=1.0)[3].conversations
+
+
+def test_shifts():
+    rng = np.random.default_rng(0)
+    drawn = [Shifts(offset=10, stride=3, plain=0.5).draw(rng, 5) for _ in range(400)]
+    plain = sum(np.array_equal(times, np.arange(5)) for times in drawn)
+    assert 150 < plain < 250
+    assert {int(times[0]) for times in drawn} == set(range(11))
+    assert {int(times[1] - times[0]) for times in drawn} == {1, 2, 3}
+
+
+class Broken:
+    """Examples of which every other one cannot be read."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        def fail():
+            raise VideoError(f"{i} cannot be decoded.")
+
+        return dataclasses.replace(self.source[i], frames=fail) if i % 2 else self.source[i]
+
+
+def test_what_cannot_be_read_keeps_its_place_at_weight_0(tokenizer):
+    batch = make(tokenizer, Broken(WORLD), batch_size=8)[0]
+    broken = [int(example.id.rsplit("/", 1)[1]) % 2 == 1 for example in batch.examples]
+    assert any(broken) and not all(broken)
+    assert batch.undecodable.keys() == {e.id for e, b in zip(batch.examples, broken, strict=True) if b}
+    assert "cannot be decoded" in next(iter(batch.undecodable.values()))
+    np.testing.assert_array_equal(batch.arrays["weights"].sum(1) == 0, broken)
+    whole = make(tokenizer, WORLD, batch_size=8)[0]
+    assert [e.id for e in whole.examples] == [e.id for e in batch.examples]
+
+
+def test_mixing():
+    def source(name, count):
+        return [Example(f"{name}{i}", (), 1, (1, 1), None) for i in range(count)]
+
+    examples = mixed([source("a", 10), source("b", 3)], [3, 1], seed=0)
+    drawn = [examples[i].id[0] for i in range(400)]
+    assert drawn.count("a") == 300 and drawn.count("b") == 100
+    with pytest.raises(OptionError, match="data set is empty"):
+        mixed([source("a", 10), []], [1, 1], seed=0)
+    with pytest.raises(OptionError, match="positive number for each of 2 sources"):
+        mixed([source("a", 1), source("b", 1)], [1], seed=0)
+
+
+def test_an_empty_data_set(tokenizer):
+    with pytest.raises(OptionError, match="data set is empty"):
+        make(tokenizer, WorldSource(count=0))
+
+
+def test_examples_of_several_sizes(tokenizer):
+    examples = mixed([WORLD, dataclasses.replace(WORLD, size=(84, 56))], [1, 1], seed=0)
+    with pytest.raises(OptionError, match="sizes"):
+        make(tokenizer, examples)[0]
