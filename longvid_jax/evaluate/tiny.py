@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from longvid_jax import convert
-from longvid_jax.data.chat import QWEN2_VL_TEMPLATE
+from longvid_jax.data.tokenizer import SPECIAL, byte_tokenizer, save_tokenizer
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
-
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
 
 
 def write_checkpoint(
@@ -86,26 +80,8 @@ def write_checkpoint(
     _listen(model)
     _say_printable_only(model, tokenizer)
     folder = convert.save_huggingface(model, config, folder, convert.table_for(config))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    about = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "model_max_length": max_length,
-        "chat_template": QWEN2_VL_TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    save_tokenizer(tokenizer, folder, max_length=max_length)
     return folder
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE without merges, one token a byte, and Qwen's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    return tokenizer
 
 
 def _see_contrast(model: Qwen2VL, seed: int) -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from longvid_jax.data.batches import Batches, Example, Shapes, Shifts, batches_from, endless, mixed
+from longvid_jax.data.tokenizer import byte_tokenizer
 from longvid_jax.data.world import WorldSource
 from longvid_jax.errors import OptionError, VideoError
-from longvid_jax.evaluate import tiny
 from longvid_jax.video.synthetic import FAMILIES, World
 
 SHAPES = Shapes(frames=(4, 8, 16), text=(256, 1024, 4096), temporal=2, merged=28)
@@ -19,7 +19,7 @@ SHAPES = Shapes(frames=(4, 8, 16), text=(256, 1024, 4096), temporal=2, merged=28
 def tokenizer(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=tiny.byte_tokenizer())
+    return PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer())
 
 
 def make(tokenizer, source, batch_size=4, **how):

@@ -1,0 +1,43 @@
+"""A tokenizer in Qwen2-VL's layout, made of a few sentences: bytes, their words, and Qwen's special tokens."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from longvid_jax.data.chat import QWEN2_VL_TEMPLATE
+
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+).split()
+MOST_WORDS = 4096
+
+
+def byte_tokenizer(sentences: Iterable[str] = ()) -> Tokenizer:
+    """Byte-level BPE whose merges make each word of the sentences one token; a digit is one, and any text can be said."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(
+        sentences, trainers.BpeTrainer(vocab_size=MOST_WORDS, initial_alphabet=alphabet, show_progress=False)
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int) -> None:
+    """Writes what transformers.AutoTokenizer loads, Qwen2-VL's chat template in it."""
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "model_max_length": max_length,
+        "chat_template": QWEN2_VL_TEMPLATE,
+    }
+    (Path(folder) / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
