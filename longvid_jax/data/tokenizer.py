@@ -16,7 +16,7 @@ MOST_WORDS = 4096
 
 
 def byte_tokenizer(sentences: Iterable[str] = ()) -> Tokenizer:
-    """Byte-level BPE whose merges make each word of the sentences one token; a digit is one, and any text can be said."""
+    """Byte-level BPE whose merges make each word of the sentences a token; so is a digit, and any text can be said."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
