@@ -19,6 +19,7 @@ _HOME = {
     "OptionError": "errors",
     "PromptError": "errors",
     "InstructionError": "errors",
+    "DataError": "errors",
     "VideoWarning": "errors",
 }
 __all__ = sorted(_HOME)

@@ -28,5 +28,9 @@ class InstructionError(LongvidError):
     """A memory that depends on its instruction was asked another question."""
 
 
+class DataError(LongvidError):
+    """A data set is empty, is not there, or an entry of it is of no known layout."""
+
+
 class VideoWarning(UserWarning):
     """A video is damaged: what decodes is used, and the message counts it."""

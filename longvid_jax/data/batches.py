@@ -7,7 +7,7 @@ import grain
 import numpy as np
 
 from longvid_jax.data.packing import Turns, pack, packed_length, tokenize
-from longvid_jax.errors import LongvidError, OptionError, VideoError
+from longvid_jax.errors import DataError, LongvidError, OptionError, VideoError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Batches:
         if batch_size % processes:
             raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
         if not len(examples):
-            raise OptionError("the data set is empty; give one with examples.")
+            raise DataError("the data set is empty; give one with examples.")
         self.examples, self.tokenizer, self.video_token, self.shapes = examples, tokenizer, video_token, shapes
         self.batch_size, self.seed, self.shifts = batch_size, seed, shifts or Shifts()
         self.process, self.processes = process, processes
@@ -161,7 +161,7 @@ def mixed(sources: Sequence, weights: Sequence[float], seed: int) -> grain.MapDa
         )
     for source in sources:
         if not len(source):
-            raise OptionError("the data set is empty; give one with examples.")
+            raise DataError("the data set is empty; give one with examples.")
     return grain.MapDataset.mix([endless(source, seed + n) for n, source in enumerate(sources)], list(weights))
 
 

@@ -9,7 +9,7 @@ import pytest
 from longvid_jax.data.batches import Batches, Example, Shapes, Shifts, batches_from, endless, mixed
 from longvid_jax.data.tokenizer import byte_tokenizer
 from longvid_jax.data.world import WorldSource
-from longvid_jax.errors import OptionError, VideoError
+from longvid_jax.errors import DataError, OptionError, VideoError
 from longvid_jax.video.synthetic import FAMILIES, World
 
 SHAPES = Shapes(frames=(4, 8, 16), text=(256, 1024, 4096), temporal=2, merged=28)
@@ -139,14 +139,14 @@ def test_mixing():
     examples = mixed([source("a", 10), source("b", 3)], [3, 1], seed=0)
     drawn = [examples[i].id[0] for i in range(400)]
     assert drawn.count("a") == 300 and drawn.count("b") == 100
-    with pytest.raises(OptionError, match="data set is empty"):
+    with pytest.raises(DataError, match="data set is empty"):
         mixed([source("a", 10), []], [1, 1], seed=0)
     with pytest.raises(OptionError, match="positive number for each of 2 sources"):
         mixed([source("a", 1), source("b", 1)], [1], seed=0)
 
 
 def test_an_empty_data_set(tokenizer):
-    with pytest.raises(OptionError, match="data set is empty"):
+    with pytest.raises(DataError, match="data set is empty"):
         make(tokenizer, WorldSource(count=0))
 
 
