@@ -111,7 +111,12 @@ def _frames(folder: Path, name: str, fps: float, max_frames: int, size: tuple[in
         path = next((found for suffix in SUFFIXES if (found := folder / f"{name}{suffix}").exists()), path)
     if not path.exists():
         raise VideoError(f"{path} does not exist.")
+    return frames_of(path, fps, max_frames, size)
+
+
+def frames_of(video: str | Path | bytes, fps: float, max_frames: int, size: tuple[int, int]) -> np.ndarray:
+    """Frames uint8 [F, H, W, 3] of a file or of its content, F at most max_frames; VideoError if none decodes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", VideoWarning)  # what decodes of a damaged file is used
-        windows = list(Video(path, fps=fps, max_frames=max_frames).stream(max_frames, size))
+        windows = list(Video(video, fps=fps, max_frames=max_frames).stream(max_frames, size))
     return np.concatenate([frames.pixels[0][frames.valid[0]] for frames in windows])

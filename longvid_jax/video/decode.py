@@ -6,6 +6,7 @@ import array
 import collections
 import contextlib
 import dataclasses
+import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -44,14 +45,15 @@ class Index:
 
 
 @contextlib.contextmanager
-def opened(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """Open the best video stream of a file; VideoError if there is none."""
-    if not os.path.exists(path):
+def opened(source: str | bytes) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """Open the best video stream of a file, or of one's content; VideoError if there is none."""
+    path = name_of(source)
+    if isinstance(source, str) and not os.path.exists(source):
         raise VideoError(f"{path}: no such file.")
     try:
-        container = av.open(path)
+        container = av.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except av.FFmpegError as e:
-        empty = os.path.getsize(path) == 0
+        empty = not source if isinstance(source, bytes) else os.path.getsize(source) == 0
         reason = "the file is empty" if empty else f"not a video that FFmpeg can read ({e.strerror})"
         raise VideoError(f"{path}: {reason}.") from e
     with container:
@@ -66,7 +68,11 @@ def opened(path: str) -> Iterator[tuple[av.container.InputContainer, av.VideoStr
         yield container, stream
 
 
-def read_index(path: str) -> Index:
+def name_of(source: str | bytes) -> str:
+    return f"{len(source):,} encoded bytes" if isinstance(source, bytes) else source
+
+
+def read_index(path: str | bytes) -> Index:
     """Walk all packets (no decoding but of the first frame) and return the index; VideoError if nothing decodes."""
     pts, dts, keys = array.array("q"), array.array("q"), array.array("b")
     timed = ordered = True
@@ -88,7 +94,7 @@ def read_index(path: str) -> Index:
                 if timed and (end is None or packet.pts >= end[0]):
                     end = packet.pts, packet.duration or 0
         if first is None:
-            raise VideoError(f"{path}: no frame of it can be decoded.")
+            raise VideoError(f"{name_of(path)}: no frame of it can be decoded.")
         rate = stream.average_rate or stream.guessed_rate or Fraction(25)
         tick, form, header = stream.time_base, container.format.name, (stream.frames, container.duration)
         codec = stream.codec_context.codec.canonical_name
@@ -117,7 +123,7 @@ def read_index(path: str) -> Index:
     return Index(probe, times, shown, key_frames, not timed, missing)
 
 
-def _last_time(path: str) -> float:
+def _last_time(path: str | bytes) -> float:
     """Seconds at which the last packet of any stream ends: sound may go on after the pictures."""
     last = 0.0
     with opened(path) as (container, _), contextlib.suppress(av.FFmpegError):
@@ -128,7 +134,7 @@ def _last_time(path: str) -> float:
 
 
 def decode(
-    path: str, index: Index, wanted: Sequence[int], size: tuple[int, int], tally: Tally
+    path: str | bytes, index: Index, wanted: Sequence[int], size: tuple[int, int], tally: Tally
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (frame index, uint8 [H, W', 3]) for the ascending frame indices wanted, as far as they decode."""
     resizer = VideoReformatter()
@@ -139,7 +145,9 @@ def decode(
         yield i, np.rot90(rgb.to_ndarray(), turned)
 
 
-def frames_at(path: str, index: Index, wanted: Sequence[int], tally: Tally) -> Iterator[tuple[int, av.VideoFrame]]:
+def frames_at(
+    path: str | bytes, index: Index, wanted: Sequence[int], tally: Tally
+) -> Iterator[tuple[int, av.VideoFrame]]:
     """Yield (index, frame) for the wanted indices: straight on where dense, by keyframes where sparse.
 
     A packet that shows no picture of its own is answered with the frame on show then. After damage decoding goes on at

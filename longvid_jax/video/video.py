@@ -20,9 +20,9 @@ from longvid_jax.video.stills import Array, Folder
 
 
 class File:
-    """A video file; indexed when first asked."""
+    """A video file, or the content of one; indexed when first asked."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str | bytes):
         with decode.opened(path):
             pass
         self.path = path
@@ -47,8 +47,8 @@ class Video:
     """A video and the frames of it that will be looked at.
 
     Args:
-      source: path of a video file, path of a folder of images (ordered by the numbers in their names), or an array
-        uint8 [T, H, W, 3].
+      source: path of a video file or its content as bytes, path of a folder of images (ordered by the numbers in their
+        names), or an array uint8 [T, H, W, 3].
       fps: sampled frames a second; 2 where the sampler needs it and it is not given. No frame is sampled twice.
       max_frames: upper limit on the sampled frames; the "fps" sampler spreads that many over the video where fps would
         give more.
@@ -63,7 +63,7 @@ class Video:
 
     def __init__(
         self,
-        source: str | os.PathLike | np.ndarray,
+        source: str | os.PathLike | bytes | np.ndarray,
         *,
         fps: float | None = None,
         max_frames: int | None = None,
@@ -81,6 +81,9 @@ class Video:
         if isinstance(source, (str, os.PathLike)):
             self.name = os.fspath(source)
             self._source = Folder(self.name, native_fps) if os.path.isdir(self.name) else File(self.name)
+        elif isinstance(source, bytes):
+            self.name = decode.name_of(source)
+            self._source = File(source)
         elif hasattr(source, "__array__"):
             self.name = "array"
             self._source = Array(np.asarray(source), native_fps)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from longvid_jax.errors import OptionError
+from longvid_jax.errors import OptionError, VideoError
 from longvid_jax.video import Video, decode, stream_batch
 from longvid_jax.video.decode import MIN_JUMP
 
@@ -247,3 +247,15 @@ def test_real_clip_sparse_equals_sequential(clips):
     dense = Video(clips / "haystack_10min.mp4", fps=10)
     rows = [p for f in dense.stream(64, (90, 160)) for p in f.pixels[f.valid]]
     np.testing.assert_array_equal(sparse, np.stack([rows[i] for i in video.indices]))
+
+
+def test_a_files_content(encode):
+    path = encode("v.mp4", count=20)
+    whole, content = Video(path), Video(path.read_bytes())
+    assert content.probe == whole.probe
+    one, other = (next(iter(video.stream(20, (32, 32)))) for video in (whole, content))
+    np.testing.assert_array_equal(one.pixels, other.pixels)
+    assert content.name.endswith("encoded bytes")
+    for damaged, says in ((b"", "0 encoded bytes: the file is empty"), (b"x" * 99, "99 encoded bytes: not a video")):
+        with pytest.raises(VideoError, match=says):
+            Video(damaged)
