@@ -40,7 +40,7 @@ def save(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
 def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
     """Writes some arrays of the tree that will be `folder` once it is merged; returns the part's name.
 
-    Orbax holds one copy of them while it writes. The data are on the disk, and not just in its cache, on return.
+    They must not change meanwhile. The data are on the disk, and not just in its cache, on return.
     """
     before = parts(folder)
     context = ocp.Context()
@@ -48,9 +48,16 @@ def add_part(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
     context.array.saving.enable_write_sharding_file = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context, _silent():
-        ocp.partial.save(folder, unflatten_dict(dict(arrays), sep="/"))
+        ocp.partial.save(folder, unflatten_dict({path: x.view(_Still) for path, x in arrays.items()}, sep="/"))
     (name,) = parts(folder) - before
     return name
+
+
+class _Still(np.ndarray):
+    """An array that nobody changes, of which Orbax need not make a copy before it writes."""
+
+    def __deepcopy__(self, memo):
+        return self
 
 
 def parts(folder: Path) -> set[str]:

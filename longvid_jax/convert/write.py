@@ -127,7 +127,7 @@ def to_orbax(
     overwrite: replace a converted checkpoint (nothing else) at `target`, once the new one is whole.
     progress: called with the bytes of parameters that have just been finished.
 
-    Every tensor is used and every parameter filled, as in `load`; values must be finite. Host memory: about four
+    Every tensor is used and every parameter filled, as in `load`; values must be finite. Host memory: about three
     times the largest array, see `needs`. What is finished when the work is interrupted waits beside the target
     (`.NAME.converting`) and is verified and kept when the same conversion starts again; `target` gets its name by one
     rename when all is there. Ctrl-C ends it after the part that is being written, a second one at once.
@@ -314,10 +314,10 @@ def _part_bytes(specs: Specs) -> int:
 
 
 def _peak(specs: Specs, source: Source | None) -> int:
-    """While a part is written, from a copy of it that Orbax makes, the next one is being made."""
+    """While a part is written, the next one is being made."""
     parts = list(grouped(specs, _part_bytes(specs)))
     made = [sum(map(nbytes, part.values())) for part in parts]
-    written = [2 * size + sum(map(_chunk_bytes, part.values())) for size, part in zip(made, parts, strict=True)]
+    written = [size + sum(map(_chunk_bytes, part.values())) for size, part in zip(made, parts, strict=True)]
     largest = max(this + following for this, following in zip(written, [*made[1:], 0], strict=True))
     return BESIDE_BYTES + largest + (_held(source) if source else 0)
 

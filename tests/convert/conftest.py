@@ -159,7 +159,7 @@ def converted(tmp_path_factory) -> Callable[..., tuple[Path, Path]]:
 
 @pytest.fixture(scope="session")
 def resumable(tmp_path_factory) -> tuple[Path, Path]:
-    """A checkpoint that makes a dozen parts, and an uninterrupted conversion of it; they stay as they are."""
+    """A checkpoint that makes some parts, and an uninterrupted conversion of it; they stay as they are."""
     folder = tmp_path_factory.mktemp("resumable")
     source = resuming.write_source(folder / "source")
     return source, resuming.to_orbax(source, folder / "whole")

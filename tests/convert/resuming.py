@@ -1,4 +1,4 @@
-"""For tests of conversions that are stopped and go on: one that makes a dozen parts, and what became of it."""
+"""For tests of conversions that are stopped and go on: one that makes some parts, and what became of it."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ from longvid_jax.convert.target import sibling
 from longvid_jax.models.llama import DecoderConfig
 from longvid_jax.models.paths import leaves
 
-PART_BYTES, PARTS = 1 << 20, 12  # how many that makes
+PART_BYTES, PARTS = 1 << 20, 14  # how many that makes
 CONFIG = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 192,
-    "intermediate_size": 576,
-    "num_hidden_layers": 5,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 1000,

@@ -128,7 +128,7 @@ def test_published_models(tmp_path, config, parameters, published, dtype, larges
     assert needs.source_bytes is None
     assert needs.target_bytes == needs.disk_bytes == itemsize * parameters
     assert (needs.largest_array, needs.largest_bytes) == (largest[0], itemsize * largest[1])
-    assert 3 * needs.largest_bytes < needs.peak_bytes < min(COLAB, 4.2 * needs.largest_bytes)
+    assert 2 * needs.largest_bytes < needs.peak_bytes < min(COLAB, 3.2 * needs.largest_bytes)
 
 
 def test_the_newer_layout_of_the_config(tmp_path):
