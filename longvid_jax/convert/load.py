@@ -2,7 +2,7 @@
 
 import ctypes
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -67,9 +67,7 @@ def plan(source: Source, module, table: Table, within: str = "") -> list[Assignm
         if info.dtype not in DTYPES:
             faults.append(f"{key}: is stored as {info.dtype}; only {', '.join(DTYPES)} are read")
     missing = {path: _source_key(source, table, path) for path in wanted if path not in filled}
-    for key in unknown:
-        near = difflib.get_close_matches(key, missing.values(), n=1, cutoff=0.8)
-        faults.append(f"{key}: no parameter has this name" + (f"; did you mean {near[0]}?" if near else ""))
+    faults += [_unknown(key, missing.values()) for key in unknown]
     faults += [f"{key}: missing; {path} needs it" for path, key in missing.items()]
     if faults:
         raise CheckpointError(_report(source.name, faults))
@@ -114,9 +112,7 @@ def restore(checkpoint: Checkpoint, module, *, dtype=None, shardings: Shardings 
         for path, shape in shapes.items()
         if path in stored and stored[path].shape != shape
     ]
-    for path in sorted(unknown):
-        near = difflib.get_close_matches(path, missing, n=1, cutoff=0.8)
-        faults.append(f"{path}: no parameter has this name" + (f"; did you mean {near[0]}?" if near else ""))
+    faults += [_unknown(path, missing) for path in sorted(unknown)]
     faults += [f"{path}: missing" for path in sorted(missing)]
     if faults:
         raise CheckpointError(_report(checkpoint.name, faults))
@@ -271,6 +267,11 @@ def _source_key(source: Source, table: Table, path: str) -> str:
 
 def _is_tied(table: Table, key: str) -> bool:
     return table.tied is not None and table.spelling(key) == table.tied[0]
+
+
+def _unknown(key: str, missing: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, missing, n=1, cutoff=0.8)
+    return f"{key}: no parameter has this name" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _report(name: str, faults: list[str]) -> str:

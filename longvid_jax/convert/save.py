@@ -52,7 +52,8 @@ def write_huggingface(
     max_shard_bytes: of the tensors in one file, unless a single tensor is larger; what fits makes one file, more make
         several with an index. Layers follow each other in the order of their numbers.
     beside: files that are copied into the folder, such as a tokenizer's; config.json and weights are not among them.
-    overwrite: a model (a folder with a config.json) at `folder` is replaced once the new one is whole.
+    overwrite: a model (a folder with a config.json and weights, and none below it) at `folder` is replaced once the
+        new one is whole.
     progress: is called with the bytes of each tensor when they are written.
 
     The `values` of each part are asked for once, one part after the other: host memory holds one of them and one copy

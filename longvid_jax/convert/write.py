@@ -65,11 +65,10 @@ class Needs:
     arrays: int
     parameters: int
     source_bytes: int | None  # None where only the config is there
-    target_bytes: int
+    target_bytes: int  # and so much space, twice that where files cannot have two names
     largest_array: str
     largest_bytes: int
     peak_bytes: int  # of host memory, above the interpreter with its imports
-    disk_bytes: int  # at the target, while it is being written
 
     def __str__(self) -> str:
         source = "not there, only its config" if self.source_bytes is None else decimal(self.source_bytes)
@@ -97,18 +96,16 @@ def needs(source: str | Path | Source, *, dtype=None, revision: str | None = Non
         specs, source_bytes = _specs_of_config(_Bare(str(source), config), dtype), None
         source = None
     largest = max(specs, key=lambda path: nbytes(specs[path]))
-    total = sum(map(nbytes, specs.values()))
     return Needs(
         architecture=architecture(config),
         dtype=", ".join(sorted({np.dtype(spec.dtype).name for spec in specs.values()})),
         arrays=len(specs),
         parameters=sum(int(np.prod(spec.shape)) for spec in specs.values()),
         source_bytes=source_bytes,
-        target_bytes=total,
+        target_bytes=sum(map(nbytes, specs.values())),
         largest_array=largest,
         largest_bytes=nbytes(specs[largest]),
         peak_bytes=_peak(specs, source),
-        disk_bytes=total,
     )
 
 

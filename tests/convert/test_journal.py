@@ -273,7 +273,7 @@ def test_where_ctrl_c_is_not_ours():
 def test_only_the_rest_is_written_and_needs_space(resumable, tmp_path, monkeypatch):
     (source, whole), target = resumable, tmp_path / "target"
     kept = interrupt(source, target, 4)
-    usage, size = shutil.disk_usage(tmp_path), convert.needs(source).disk_bytes
+    usage, size = shutil.disk_usage(tmp_path), convert.needs(source).target_bytes
     rest = size - sum(int(np.prod(shape)) * 4 for entry in kept for shape in entry["shapes"].values())
     assert 0 < rest < size
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=rest - 1))
