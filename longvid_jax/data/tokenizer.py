@@ -7,12 +7,15 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from longvid_jax.data.chat import QWEN2_VL_TEMPLATE
+from longvid_jax.errors import CheckpointError
+from longvid_jax.video.synthetic import sentences
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
     "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
 MOST_WORDS = 4096
+TEMPLATE_WORDS = "system\nYou are a helpful assistant.\nuser\nassistant\n"  # of QWEN2_VL_TEMPLATE
 
 
 def byte_tokenizer(sentences: Iterable[str] = ()) -> Tokenizer:
@@ -28,6 +31,29 @@ def byte_tokenizer(sentences: Iterable[str] = ()) -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return tokenizer
+
+
+def world_tokenizer():
+    """The tokenizer of models that are trained on the made-up world; every word of it is a token, the template's too."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = byte_tokenizer([*sentences(), TEMPLATE_WORDS])
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a checkpoint's folder; None where it has none."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
+        return None
+    from transformers import AutoTokenizer  # seconds to import; token ids alone do not need it
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be read ({error}); fetch tokenizer.json again."
+        ) from error
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int) -> None:

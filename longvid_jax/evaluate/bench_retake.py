@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from longvid_jax.convert.settings import Settings
 from longvid_jax.evaluate import tiny
 from longvid_jax.models.llama import DecoderConfig
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig, VisionConfig
@@ -28,7 +29,6 @@ from longvid_jax.systems import retake_steps as steps
 from longvid_jax.systems.loading import default_dtype, load
 from longvid_jax.systems.retake import ReTaKe, RetakeModel
 from longvid_jax.systems.retake_reader import Reader
-from longvid_jax.systems.settings import Settings
 
 SMALL = {"width": 512, "depth": 8, "heads": 8, "kv_heads": 2, "vision_width": 256, "vision_depth": 4}
 SEVEN_B = Qwen2VLConfig(

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from longvid_jax.convert.settings import CLIP_MEAN, CLIP_STD
 from longvid_jax.errors import OptionError
 from longvid_jax.models.paths import leaves
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
@@ -19,7 +20,6 @@ from longvid_jax.ops.kv_cache import KVCache
 from longvid_jax.ops.sharding import BATCH, divisible
 from longvid_jax.scale.mesh import make_mesh
 from longvid_jax.systems import retake_steps as steps
-from longvid_jax.systems.settings import CLIP_MEAN, CLIP_STD
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from longvid_jax import convert
+from longvid_jax.convert.settings import Settings
+from longvid_jax.data.tokenizer import load_tokenizer
 from longvid_jax.errors import CheckpointError, OptionError
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.systems.retake import ReTaKe, RetakeModel
-from longvid_jax.systems.settings import Settings
 
 
 def load(
@@ -53,7 +54,7 @@ def load(
     )
     if part is not None:
         return model
-    return RetakeModel(model, settings, method=method, tokenizer=_tokenizer(weights.path), mesh=mesh)
+    return RetakeModel(model, settings, method=method, tokenizer=load_tokenizer(weights.path), mesh=mesh)
 
 
 def default_dtype():
@@ -64,17 +65,3 @@ def default_dtype():
     if device.platform == "gpu" and float(getattr(device, "compute_capability", "8.0")) < 8:
         return jnp.float16
     return jnp.bfloat16
-
-
-def _tokenizer(folder):
-    """The folder's tokenizer; None where it has none."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        return None
-    from transformers import AutoTokenizer  # seconds to import; token ids alone do not need it
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: its tokenizer cannot be read ({error}); fetch tokenizer.json again."
-        ) from error

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from longvid_jax.convert.settings import Settings
 from longvid_jax.errors import PromptError
 from longvid_jax.models.qwen2_vl import VisionConfig
-from longvid_jax.systems.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)

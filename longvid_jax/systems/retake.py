@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from longvid_jax.convert.settings import Settings
 from longvid_jax.data import chat
 from longvid_jax.errors import InstructionError, OptionError, PromptError
 from longvid_jax.generate import Generated
@@ -22,7 +23,6 @@ from longvid_jax.systems import prompts
 from longvid_jax.systems import retake_steps as steps
 from longvid_jax.systems.results import Answer, Output, Trace
 from longvid_jax.systems.retake_reader import Reader, pad_text
-from longvid_jax.systems.settings import Settings
 from longvid_jax.video import Frames, Video, preprocess, stream_batch
 
 

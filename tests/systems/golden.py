@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import longvid_jax as lv
-from longvid_jax.systems.settings import CLIP_MEAN, CLIP_STD
+from longvid_jax.convert.settings import CLIP_MEAN, CLIP_STD
 
 FOLDER = Path(__file__).parents[1] / "golden" / "retake"
 CASES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
