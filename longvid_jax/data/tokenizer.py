@@ -34,7 +34,7 @@ def byte_tokenizer(sentences: Iterable[str] = ()) -> Tokenizer:
 
 
 def world_tokenizer():
-    """The tokenizer of models that are trained on the made-up world; every word of it is a token, the template's too."""
+    """The tokenizer of models trained on the made-up world: each of its words is a token, and so is the template's."""
     from transformers import PreTrainedTokenizerFast
 
     words = byte_tokenizer([*sentences(), TEMPLATE_WORDS])

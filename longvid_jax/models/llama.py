@@ -10,7 +10,7 @@ from longvid_jax.errors import CheckpointError
 from longvid_jax.models.layers import Linear, RMSNorm, normal, repeat
 from longvid_jax.ops import kv_cache
 from longvid_jax.ops.attention import Keys, attend
-from longvid_jax.ops.layers import layers
+from longvid_jax.ops.layers import layers, rematerialised
 from longvid_jax.ops.rope import Rope
 
 
@@ -139,15 +139,14 @@ class Decoder(nnx.Module):
         cache: kv_cache.KVCache | None = None,
         *,
         groups: jax.Array | None = None,
-        remat: bool = False,
+        remat: bool | str = False,
         follow: str | None = None,
         select: kv_cache.Select | None = None,
     ) -> tuple[jax.Array, kv_cache.KVCache | None]:
         """Hidden states [B, N, width] of embeddings x [B, N, width] at positions int32 [B, N, A], and the cache.
 
         valid bool [B, N]. Without a cache this is plain causal attention, within groups int32 [B, N] if they are given
-        (and to group 0, which all see: several conversations about one video); remat computes a layer's activations
-        anew for its gradient instead of keeping them. With one, the tokens also attend to all that
+        (and to group 0, which all see: several conversations about one video); remat as in ops.layers.rematerialised. With one, the tokens also attend to all that
         it holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
         cache on with ops.kv_cache.advance.
         """
@@ -166,7 +165,7 @@ class Decoder(nnx.Module):
             x = x + layer.attention.output(context)
             return x + layer.mlp(layer.mlp_norm(x)), cache
 
-        x, cache = layers(jax.checkpoint(layer) if remat else layer, self.layers, (x, cache))
+        x, cache = layers(rematerialised(layer, remat), self.layers, (x, cache))
         return self.norm(x), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from longvid_jax.errors import CheckpointError
 from longvid_jax.models.layers import LayerNorm, Linear, repeat
 from longvid_jax.models.llama import Decoder, DecoderConfig
 from longvid_jax.ops.attention import Keys, attend
-from longvid_jax.ops.layers import layers
+from longvid_jax.ops.layers import layers, rematerialised
 from longvid_jax.ops.rope import rotate_half
 
 
@@ -146,7 +146,7 @@ class VisionTower(nnx.Module):
         )
         self.merger = Merger(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, patches: jax.Array, grid: tuple[int, int], *, remat: bool = False) -> jax.Array:
+    def __call__(self, patches: jax.Array, grid: tuple[int, int], *, remat: bool | str = False) -> jax.Array:
         """Tokens [F, N, out_width] of patches [F, P, channels * temporal * patch^2] of F temporal patches.
 
         grid is (rows, columns) of patches, P = rows * columns, in merge blocks as the processors lay them out;
@@ -159,7 +159,7 @@ class VisionTower(nnx.Module):
             x = x + block.attention(block.norm1(x), angles)
             return x + block.mlp(block.norm2(x))
 
-        return self.merger(layers(jax.checkpoint(block) if remat else block, self.blocks, x))
+        return self.merger(layers(rematerialised(block, remat), self.blocks, x))
 
 
 def vision_angles(config: VisionConfig, grid: tuple[int, int]) -> np.ndarray:
@@ -191,7 +191,7 @@ class Qwen2VL(nnx.Module):
         patches: jax.Array,
         grid: tuple[int, int],
         *,
-        remat: bool = False,
+        remat: bool | str = False,
     ) -> jax.Array:
         """Hidden states [B, N, width] of whole sequences with a video in each: the forward pass of training.
 

@@ -26,6 +26,21 @@ def layers(fn: Callable, stack, carry: Carry) -> Carry:
     return jax.lax.scan(body, carry, (stack, jnp.arange(depth(stack))))[0]
 
 
+REMAT = ("none", "dots", "full")
+
+
+def rematerialised(fn: Callable, remat: bool | str) -> Callable:
+    """fn, whose activations are computed anew for its gradient instead of being kept.
+
+    remat: "full" or True for all of them, "dots" for all but the results of matrix products, "none" or False for none.
+    """
+    if remat in (False, "none"):
+        return fn
+    return jax.checkpoint(
+        fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    )
+
+
 def depth(stack) -> int:
     """The number of layers in a stack or tuple."""
     return len(stack) if isinstance(stack, tuple) else jax.tree.leaves(stack)[0].shape[0]

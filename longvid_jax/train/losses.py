@@ -40,10 +40,10 @@ def _padded(x: jax.Array, length: int) -> jax.Array:
     return jnp.pad(x, [(0, length - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
-def answers(
-    model: Qwen2VL, batch: Mapping[str, jax.Array], *, mean, std, remat: bool = False
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Sum of the losses of the answers' tokens, their number, and how many of them the model would have said.
+def answer_tokens(
+    model: Qwen2VL, batch: Mapping[str, jax.Array], *, mean, std, remat: bool | str = False
+) -> tuple[jax.Array, jax.Array]:
+    """The losses of the next tokens [B, N], and which of them lead, of conversations about videos.
 
     batch: the arrays of data.batches.Batch. mean, std: of the pixels, as the model's processor has them.
     """
@@ -61,18 +61,29 @@ def answers(
         (rows, columns),
         remat=remat,
     )
-    losses, right = token_losses(model.text, hidden, batch["targets"])
-    weights = batch["weights"]
-    return (losses * weights).sum(), weights.sum(), {"right": (right * weights).sum()}
+    return token_losses(model.text, hidden, batch["targets"])
 
 
-def text(
-    decoder: Decoder, batch: Mapping[str, jax.Array], *, remat: bool = False
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+def text_tokens(
+    decoder: Decoder, batch: Mapping[str, jax.Array], *, remat: bool | str = False
+) -> tuple[jax.Array, jax.Array]:
     """The same for a decoder alone: tokens, groups, targets and weights [B, N], positions [B, N, A]."""
     hidden, _ = decoder(
         decoder.embed(batch["tokens"]), batch["positions"], batch["groups"] >= 0, groups=batch["groups"], remat=remat
     )
-    losses, right = token_losses(decoder, hidden, batch["targets"])
-    weights = batch["weights"]
+    return token_losses(decoder, hidden, batch["targets"])
+
+
+def sums(losses: jax.Array, right: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Sum of the losses of the answers' tokens, their number, and how many of them the model would have said."""
     return (losses * weights).sum(), weights.sum(), {"right": (right * weights).sum()}
+
+
+def answers(model: Qwen2VL, batch: Mapping[str, jax.Array], **how) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """What answer_tokens gives, in `sums`: what a training step takes."""
+    return sums(*answer_tokens(model, batch, **how), batch["weights"])
+
+
+def text(decoder: Decoder, batch: Mapping[str, jax.Array], **how) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """What text_tokens gives, in `sums`."""
+    return sums(*text_tokens(decoder, batch, **how), batch["weights"])
