@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 CHUNK_BYTES = 1 << 24  # stored pieces of an array: a device that needs a slice reads no more than its pieces
 PART = ".partial_save"  # Orbax's name for a folder of parts that are not merged yet
+UNFINISHED = ".orbax-checkpoint-tmp"  # in its name of a folder that is not a whole checkpoint yet
 SMALL = 1 << 20
 ORBAX = Path(ocp.__file__).parents[2]
 MARK = "orbax.checkpoint"  # a file in every checkpoint; by Orbax's own test nearly any folder is one
@@ -110,6 +111,64 @@ def restore(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[st
         if arrays[path].shape != spec.shape:
             raise ValueError(f"{path} has the shape {list(arrays[path].shape)}, not {list(spec.shape)}")
     return arrays
+
+
+class Series:
+    """The checkpoints of a training run: `folder/STEP`, written while the run goes on, named so once they are whole.
+
+    Kept are the last `keep_last` and of those that have a score the best `keep_best`. What a killed process left
+    unfinished is removed; `.unfinished` are its steps.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_best: int):
+        self.unfinished = sorted({int(path.name.split(".")[0]) for path in folder.glob(f"[0-9]*{UNFINISHED}*")})
+        self._saving = None
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(keep_last)]
+        if keep_best:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda about: about["score"], n=keep_best, keep_checkpoints_without_metrics=False
+                )
+            )
+        with _silent():
+            self._checkpointer = ocp.training.Checkpointer(
+                folder.absolute(),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=True,
+            )
+
+    def scores(self) -> dict[int, float | None]:
+        """Of each checkpoint, by step, ascending."""
+        checkpoints = self._checkpointer.checkpoints
+        return {c.step: c.metrics["score"] if c.metrics else None for c in checkpoints}
+
+    def save(self, step: int, arrays: Mapping[str, jax.Array], about: dict, score: float | None = None) -> None:
+        """Starts to save, once the last checkpoint is written; the arrays may change on return. about: JSON."""
+        with _silent():
+            self._saving = self._checkpointer.save_async(
+                step,
+                unflatten_dict(dict(arrays), sep="/"),
+                force=True,
+                metrics=None if score is None else {"score": score},
+                custom_metadata=about,
+            )
+
+    def restore(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The arrays of a checkpoint, all of which must be wanted, in the wanted shardings."""
+        with _silent():
+            return flatten_dict(self._checkpointer.load(step, unflatten_dict(dict(wanted), sep="/")), sep="/")
+
+    def wait(self) -> None:
+        """Until what was last saved is written."""
+        if self._saving is not None:
+            with _silent():
+                self._saving.result()
+
+    def close(self) -> None:
+        """Waits, and makes an end."""
+        with _silent():
+            self._checkpointer.close()
 
 
 def parts_folder(folder: Path) -> Path:

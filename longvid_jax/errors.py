@@ -32,5 +32,9 @@ class DataError(LongvidError):
     """A data set is empty, is not there, or an entry of it is of no known layout."""
 
 
+class TrainError(LongvidError):
+    """A training run cannot go on: a loss that is not finite, too many examples without a video, no memory left."""
+
+
 class VideoWarning(UserWarning):
     """A video is damaged: what decodes is used, and the message counts it."""

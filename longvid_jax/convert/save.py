@@ -100,14 +100,14 @@ def _is_huggingface(folder: Path) -> bool:
     return weights and (folder / CONFIG).is_file() and all(file.is_file() for file in files)
 
 
-def save_huggingface(module, config: dict, folder: str | Path, table: Table, dtype=None) -> Path:
-    """Writes the parameters of `module` as `write_huggingface` does; the folder must be absent or empty."""
+def save_huggingface(module, config: dict, folder: str | Path, table: Table, dtype=None, **how) -> Path:
+    """Writes the parameters of `module` as `write_huggingface` does, which takes what else is given."""
     parts = {}
     for leaf in leaves(module):
         for n, path in enumerate(leaf.part_paths):
             values = partial(_fetch, leaf.value, n if leaf.stacked else None)
             parts[path] = Part(leaf.part_shape, np.dtype(leaf.value.dtype), values)
-    return write_huggingface(parts, config, folder, table, dtype=dtype)
+    return write_huggingface(parts, config, folder, table, dtype=dtype, **how)
 
 
 def _fetch(value, layer: int | None) -> np.ndarray:

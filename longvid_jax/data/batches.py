@@ -106,7 +106,7 @@ class Batches:
     def __getitem__(self, b: int) -> Batch:
         rows = range(b * self.batch_size, (b + 1) * self.batch_size)
         examples = [self.examples[row] for row in rows]
-        turns = [self._turns(example) for example in examples]
+        turns = [tokenized(example, self.tokenizer, self.video_token) for example in examples]
         frames, text, size = self._shape(examples, turns)
         grid = self.shapes.grid(frames, size)
         share = self.batch_size // self.processes
@@ -131,12 +131,6 @@ class Batches:
         stacked = {name: np.stack([arrays[name] for arrays in packed]) for name in packed[0]}
         return Batch(b, {**stacked, "frames": pixels}, tuple(examples), undecodable)
 
-    def _turns(self, example: Example) -> list[Turns]:
-        try:
-            return [tokenize(self.tokenizer, turns, self.video_token) for turns in example.conversations]
-        except LongvidError as error:
-            raise type(error)(f"{example.id}: {error}") from error
-
     def _shape(self, examples: Sequence[Example], turns: Sequence[list[Turns]]) -> tuple[int, int, tuple[int, int]]:
         """Frames, tokens of text, and (H, W) of a batch."""
         sizes = {example.size for example in examples}
@@ -144,8 +138,8 @@ class Batches:
             raise OptionError(f"the videos of a batch have the sizes {sorted(sizes)}; give sources of one size.")
         longest = max(zip([packed_length(t, 0) for t in turns], [example.id for example in examples], strict=True))
         most = max((example.num_frames, example.id) for example in examples)
-        text = _bucket(self.shapes.text, *longest, "tokens of text")
-        return _bucket(self.shapes.frames, *most, "frames"), text, sizes.pop()
+        text = bucket(self.shapes.text, *longest, "tokens of text")
+        return bucket(self.shapes.frames, *most, "frames"), text, sizes.pop()
 
 
 def endless(source, seed: int) -> grain.MapDataset:
@@ -171,7 +165,16 @@ def batches_from(batches: Batches, start: int, *, workers: int = 2, ahead: int =
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead)))
 
 
-def _bucket(sizes: Sequence[int], needed: int, id: str, what: str) -> int:
+def tokenized(example: Example, tokenizer, video_token: int | None) -> list[Turns]:
+    """Each conversation of an example as tokens; PromptError names the example."""
+    try:
+        return [tokenize(tokenizer, turns, video_token) for turns in example.conversations]
+    except LongvidError as error:
+        raise type(error)(f"{example.id}: {error}") from error
+
+
+def bucket(sizes: Sequence[int], needed: int, id: str, what: str) -> int:
+    """The smallest size that is enough; OptionError if the example `id` needs more."""
     for size in sizes:
         if needed <= size:
             return size

@@ -42,7 +42,7 @@ class ConversationSource:
 
     def __post_init__(self):
         file = Path(self.file)
-        examples = [self._example(entry, f"{file}: entry {n}") for n, entry in enumerate(_entries(file))]
+        examples = [self._example(entry, f"{file}: entry {n}") for n, entry in enumerate(entries(file))]
         object.__setattr__(self, "_examples", examples)
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class ConversationSource:
                 f"{where} is a JSON {type(entry).__name__}; expected an object with video and conversations."
             )
         if "conversations" in entry and "video" in entry:
-            name, turns = entry["video"], _turns(entry["conversations"], where)
+            name, turns = entry["video"], turns_of(entry["conversations"], where)
         elif {"q", "a", "video_id"} <= entry.keys():
             name, turns = entry["video_id"], ((str(entry["q"]), str(entry["a"])),)
         else:
@@ -70,7 +70,8 @@ class ConversationSource:
         return Example(str(entry.get("id", name)), (turns,), frames, self.size, read)
 
 
-def _entries(file: Path) -> Sequence:
+def entries(file: Path) -> Sequence:
+    """What a .json or .jsonl file holds; DataError if it is neither."""
     try:
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".jsonl":
@@ -87,7 +88,7 @@ def _entries(file: Path) -> Sequence:
     return entries
 
 
-def _turns(conversation, where: str) -> tuple[tuple[str, str], ...]:
+def turns_of(conversation, where: str) -> tuple[tuple[str, str], ...]:
     """Pairs of question and answer; the video goes before the first, whatever place a placeholder gives it."""
     try:
         speakers = [turn["from"] for turn in conversation]

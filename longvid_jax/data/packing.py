@@ -22,19 +22,20 @@ class Turns:
     is_answer: tuple[bool, ...]  # which of `ids` the model is to say: the answers and what ends them
 
 
-def tokenize(tokenizer, conversation: Sequence[tuple[str, str]], video_token: int) -> Turns:
-    """A conversation of (question, answer) about one video, which goes before the first question.
+def tokenize(tokenizer, conversation: Sequence[tuple[str, str]], video_token: int | None) -> Turns:
+    """A conversation of (question, answer) about one video, which goes before the first question; None: without one.
 
     The tokenizer's chat template says how it is written down; an answer is what the template adds when it is told the
     answer, up to the next question. Raises PromptError where the template does not put the video in once, or writes
     earlier turns otherwise once there are later ones.
     """
+    if video_token is None and not tokenizer.chat_template:
+        raise PromptError("The tokenizer has no chat template; put the model's chat_template.jinja beside its weights.")
     messages, text, spans = [], "", []
     for n, (question, answer) in enumerate(conversation):
-        video = [{"type": "video"}] if n == 0 else []
-        messages.append({"role": "user", "content": [*video, {"type": "text", "text": question}]})
+        messages.append({"role": "user", "content": _content(question, video_token, video=n == 0)})
         asked = _write(tokenizer, messages, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        messages.append({"role": "assistant", "content": _content(answer, video_token)})
         answered = _write(tokenizer, messages)
         if not (asked.startswith(text) and answered.startswith(asked)):
             raise PromptError("The chat template rewrites earlier turns, so answers cannot be told apart; use another.")
@@ -42,14 +43,23 @@ def tokenize(tokenizer, conversation: Sequence[tuple[str, str]], video_token: in
         text = answered
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
+    is_answer = [any(start <= a and b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
+    if video_token is None:
+        return Turns((), tuple(ids), tuple(is_answer))
     if ids.count(video_token) != 1:
         raise PromptError(
             f"The conversation holds the video token {video_token} {ids.count(video_token)} times instead of once; "
             "take special tokens out of its text, or mend the chat template."
         )
     at = ids.index(video_token)
-    is_answer = [any(start <= a and b <= end for start, end in spans) for a, b in encoded["offset_mapping"]]
     return Turns(tuple(ids[:at]), tuple(ids[at + 1 :]), tuple(is_answer[at + 1 :]))
+
+
+def _content(text: str, video_token: int | None, video: bool = False):
+    """What a message says: parts, as templates of models that see have it; a plain text for those that do not."""
+    if video_token is None:
+        return text
+    return [{"type": "video"}] * video + [{"type": "text", "text": text}]
 
 
 def _write(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:

@@ -146,8 +146,8 @@ class Decoder(nnx.Module):
         """Hidden states [B, N, width] of embeddings x [B, N, width] at positions int32 [B, N, A], and the cache.
 
         valid bool [B, N]. Without a cache this is plain causal attention, within groups int32 [B, N] if they are given
-        (and to group 0, which all see: several conversations about one video); remat as in ops.layers.rematerialised. With one, the tokens also attend to all that
-        it holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
+        (and to group 0, which all see: several conversations about one video); remat as in
+        ops.layers.rematerialised. With one, the tokens also attend to all that it holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
         cache on with ops.kv_cache.advance.
         """
         rope = self.config.rope

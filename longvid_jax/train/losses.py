@@ -74,16 +74,17 @@ def text_tokens(
     return token_losses(decoder, hidden, batch["targets"])
 
 
-def sums(losses: jax.Array, right: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Sum of the losses of the answers' tokens, their number, and how many of them the model would have said."""
-    return (losses * weights).sum(), weights.sum(), {"right": (right * weights).sum()}
+def sums(losses: jax.Array, right: jax.Array, batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Sum of the losses of the answers' tokens and their number; how many of them are right, and of tokens in all."""
+    weights, tokens = batch["weights"], (batch["groups"] >= 0).sum(dtype=jnp.float32)
+    return (losses * weights).sum(), weights.sum(), {"right": (right * weights).sum(), "tokens": tokens}
 
 
 def answers(model: Qwen2VL, batch: Mapping[str, jax.Array], **how) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """What answer_tokens gives, in `sums`: what a training step takes."""
-    return sums(*answer_tokens(model, batch, **how), batch["weights"])
+    return sums(*answer_tokens(model, batch, **how), batch)
 
 
 def text(decoder: Decoder, batch: Mapping[str, jax.Array], **how) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """What text_tokens gives, in `sums`."""
-    return sums(*text_tokens(decoder, batch, **how), batch["weights"])
+    return sums(*text_tokens(decoder, batch, **how), batch)

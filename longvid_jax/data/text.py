@@ -1,0 +1,77 @@
+"""Conversations without a video, for decoders alone: in LLaVA's layout, and as batches."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from longvid_jax.data.batches import Batch, Example, bucket, tokenized
+from longvid_jax.data.conversations import entries, turns_of
+from longvid_jax.data.packing import pack, packed_length
+from longvid_jax.errors import DataError, OptionError
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSource:
+    """The entries {"id": ..., "conversations": [...]} of a .json or .jsonl file as examples without frames."""
+
+    file: str | Path
+
+    def __post_init__(self):
+        examples = [self._example(entry, f"{self.file}: entry {n}") for n, entry in enumerate(entries(Path(self.file)))]
+        object.__setattr__(self, "_examples", examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, i: int) -> Example:
+        return self._examples[i]
+
+    def _example(self, entry, where: str) -> Example:
+        if not isinstance(entry, dict) or "conversations" not in entry:
+            raise DataError(f"{where} has no conversations; see data.conversations for the layout.")
+        turns = turns_of(entry["conversations"], where)
+        return Example(str(entry.get("id", where)), (turns,), 0, (0, 0), None)
+
+
+class TextBatches:
+    """As data.batches.Batches, without frames: arrays tokens, groups, targets, weights [B, N], positions [B, N, axes].
+
+    text: the buckets of lengths, ascending.
+    """
+
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        tokenizer,
+        text: Sequence[int],
+        batch_size: int,
+        *,
+        axes: int = 1,
+        seed: int = 0,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if batch_size % processes:
+            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
+        self.examples, self.tokenizer, self.text, self.axes = examples, tokenizer, text, axes
+        self.batch_size, self.process, self.processes = batch_size, process, processes
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch_size
+
+    def __getitem__(self, b: int) -> Batch:
+        examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
+        turns = [tokenized(example, self.tokenizer, None) for example in examples]
+        longest = max((packed_length(one, 0), example.id) for one, example in zip(turns, examples, strict=True))
+        length = bucket(self.text, *longest, "tokens of text")
+        share = self.batch_size // self.processes
+        rows = [
+            pack(one, (0, 0, 0), length, video_token=-1)
+            for one in turns[self.process * share : (self.process + 1) * share]
+        ]
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "video_index"}
+        arrays["positions"] = arrays["positions"][..., : self.axes]
+        return Batch(b, arrays, tuple(examples), {})

@@ -1,0 +1,68 @@
+"""The model that a training has made, as a Hugging Face folder."""
+
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from longvid_jax import checkpoint, convert
+from longvid_jax.convert.folder import write_json
+from longvid_jax.convert.source import read_json
+from longvid_jax.convert.target import written
+from longvid_jax.data.tokenizer import save_tokenizer
+from longvid_jax.models import lora
+from longvid_jax.train.models import Model
+
+ALPHA = "adapters.json"
+
+
+def export(module, model: Model, config, folder: Path) -> Path:
+    """Writes the module, adapters merged, with its tokenizer and pixel settings as `folder`/model; returns that.
+
+    Its adapters, if it has any, are besides saved alone as `folder`/adapters: see `read_adapters`.
+    """
+    if config.lora.rank:
+        _save_adapters(lora.adapters(module), config, folder / "adapters")
+        module = lora.merge(module)
+    with tempfile.TemporaryDirectory() as beside:
+        files = model.files or _write_beside(model, Path(beside))
+        return convert.save_huggingface(
+            module,
+            model.config,
+            folder / "model",
+            convert.table_for(model.config),
+            dtype=jnp.dtype(config.save.dtype),
+            beside=files,
+            overwrite=True,
+        )
+
+
+def _save_adapters(adapters, config, folder: Path) -> None:
+    with written(folder, sum(array.nbytes for array in adapters.values()), True, lambda _: True) as unfinished:
+        checkpoint.save(unfinished / "params", adapters)
+        about = {"alpha": config.lora.alpha, "rank": config.lora.rank, "base": config.checkpoint}
+        write_json(unfinished / ALPHA, about)
+
+
+def read_adapters(folder: str | Path) -> tuple[dict, float]:
+    """Adapters that a training has saved, and their alpha: models.lora.with_adapters(module, *read_adapters(...))."""
+    folder = Path(folder)
+    alpha = read_json(folder / ALPHA)["alpha"]
+    return checkpoint.restore(folder / "params", checkpoint.contents(folder / "params")), alpha
+
+
+def _write_beside(model: Model, folder: Path) -> list[Path]:
+    """The tokenizer and the processor's constants of a model that comes from no checkpoint."""
+    save_tokenizer(model.tokenizer.backend_tokenizer, folder, max_length=model.text.rope.original_length)
+    if model.vision is not None:
+        vision = model.vision
+        about = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "image_mean": list(model.mean),
+            "image_std": list(model.std),
+            "patch_size": vision.patch,
+            "temporal_patch_size": vision.temporal,
+            "merge_size": vision.merge,
+        }
+        write_json(folder / "preprocessor_config.json", about)
+    return sorted(folder.iterdir())

@@ -1,0 +1,153 @@
+"""What a stage of a training does: a table from its name to its batches and its loss, and the sources of examples."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from longvid_jax.data.batches import Batch, Batches, Shapes, Shifts, mixed
+from longvid_jax.data.conversations import ConversationSource
+from longvid_jax.data.text import TextBatches, TextSource
+from longvid_jax.data.world import WorldSource
+from longvid_jax.errors import DataError, OptionError
+from longvid_jax.train import losses
+from longvid_jax.train.config import plain, unknown
+from longvid_jax.train.models import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """batches(stage, model, seed=, process=, processes=): an object whose [b] is a data.batches.Batch.
+
+    loss(model, remat): what state.make_train_step takes. tokens(model): a function of (module, batch) that gives the
+    losses of tokens and which are right, both [B, N], for evaluations.
+    """
+
+    batches: Callable[..., Any]
+    loss: Callable[[Model, str], Callable]
+    tokens: Callable[[Model], Callable]
+
+
+def _answer_batches(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    examples = _examples(stage, seed)
+    share = {"seed": seed, "process": process, "processes": processes}
+    text = _buckets(stage, "text")
+    if model.vision is None:
+        return TextBatches(examples, model.tokenizer, text, stage.batch_size, axes=model.text.rope.axes, **share)
+    vision = model.vision
+    shapes = Shapes(_buckets(stage, "frames"), text, vision.temporal, vision.patch * vision.merge)
+    if odd := [frames for frames in shapes.frames if frames % vision.temporal]:
+        raise OptionError(f"a bucket has {odd[0]} frames, but must have a multiple of {vision.temporal}.")
+    shifts = Shifts(**plain(stage.get("shifts", {})))
+    return Batches(examples, model.tokenizer, model.video_token, shapes, stage.batch_size, shifts=shifts, **share)
+
+
+def _answer_tokens(model: Model, remat: str = "none"):
+    if model.vision is None:
+        return partial(losses.text_tokens, remat=remat)
+    return partial(losses.answer_tokens, mean=model.mean, std=model.std, remat=remat)
+
+
+def _answer_loss(model: Model, remat: str):
+    tokens = _answer_tokens(model, remat)
+    return lambda module, batch: losses.sums(*tokens(module, batch), batch)
+
+
+TASKS = {"answers": Task(_answer_batches, _answer_loss, _answer_tokens)}
+
+
+def task(name: str) -> Task:
+    if name not in TASKS:
+        raise unknown(name, list(TASKS), "the table of tasks")
+    return TASKS[name]
+
+
+class Curriculum:
+    """The batches of all stages, one after the other: batch b is that of step b, a function of (seed, b) alone."""
+
+    def __init__(self, config, model: Model, *, process: int = 0, processes: int = 1):
+        share = {"process": process, "processes": processes}
+        self._stages = config.stages
+        self._ends = np.cumsum([stage.steps for stage in config.stages])
+        self._batches = [
+            task(stage.task).batches(stage, model, seed=_seed(config.seed, n), **share)
+            for n, stage in enumerate(config.stages)
+        ]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def stage(self, b: int):
+        return self._stages[self._number(b)]
+
+    def examples(self, b: int) -> int:
+        """How many there are before batch b, in all processes."""
+        starts = self._ends - [stage.steps for stage in self._stages]
+        done = np.clip(b - starts, 0, self._ends - starts)
+        return int(sum(n * stage.batch_size for n, stage in zip(done, self._stages, strict=True)))
+
+    def __getitem__(self, b: int) -> Batch:
+        n = self._number(b)
+        batch = self._batches[n][b - int(self._ends[n - 1] if n else 0)]
+        return dataclasses.replace(batch, index=b)
+
+    def _number(self, b: int) -> int:
+        return int(np.searchsorted(self._ends, b, side="right"))
+
+
+def _seed(seed: int, n: int) -> int:
+    """Another one for each stage, of 31 bits as Grain wants it."""
+    return int(np.random.SeedSequence([seed, n]).generate_state(1)[0] >> 1)
+
+
+# --- sources ----------------------------------------------------------------------------------------------------------
+
+
+def _recorded(folder: str, split: str = "train", size: tuple[int, int] = (56, 56), fps: float = 2.0):
+    """A data set that data.world_dataset has built in `folder`."""
+    import tensorflow_datasets as tfds
+
+    from longvid_jax.data.world_dataset import RecordedWorld
+
+    try:
+        records = tfds.builder_from_directory(folder).as_data_source(split)
+    except Exception as error:  # of many kinds, by what is missing
+        raise DataError(f"{folder} has no split {split!r} that TensorFlow Datasets reads; give a built one.") from error
+    return RecordedWorld(records, size=size, fps=fps)
+
+
+SOURCES = {"world": WorldSource, "recorded": _recorded, "conversations": ConversationSource, "text": TextSource}
+
+
+def _examples(stage, seed: int):
+    sources = [dict(source) for source in plain(stage.sources)]
+    if not sources:
+        raise OptionError("a stage or the evaluation has no sources; give at least one.")
+    weights = [source.pop("weight", 1.0) for source in sources]
+    return mixed([_source(source) for source in sources], weights, seed)
+
+
+def _source(values: Mapping):
+    """The source of a config's entry: {"kind": "world", "count": 1000, ...}."""
+    values = dict(values)
+    kind = values.pop("kind", None)
+    if kind not in SOURCES:
+        raise unknown(kind, list(SOURCES), "the table of kinds of sources")
+    parameters = inspect.signature(SOURCES[kind]).parameters
+    for name in values:
+        if name not in parameters:
+            raise unknown(name, list(parameters), f"a source of kind {kind!r}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and values.get(name, "") == "":
+            raise OptionError(f"a source of kind {kind!r} needs {name}; give it in its stage.")
+    return SOURCES[kind](**values)
+
+
+def _buckets(stage, name: str) -> Sequence[int]:
+    sizes = tuple(stage[name])
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
+        raise OptionError(f"{name} of a stage is {sizes}, but must be whole numbers in ascending order.")
+    return sizes
