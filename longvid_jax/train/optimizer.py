@@ -1,4 +1,4 @@
-"""AdamW as an optax chain, from plain values of a config."""
+"""AdamW or Muon as an optax chain, from plain values of a config."""
 
 import dataclasses
 import difflib
@@ -8,21 +8,28 @@ from dataclasses import dataclass
 
 import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from longvid_jax.errors import OptionError
 from longvid_jax.models.paths import select
 from longvid_jax.train.parameters import decay_mask
 
 SCHEDULES = ("cosine", "constant")
+RULES = ("adamw", "muon")
+MUON_RMS = 0.2  # of its updates, as AdamW's are about, so that one learning rate does for both (arXiv 2502.16982)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101), its learning rate and its clipping.
+    """AdamW (arXiv 1711.05101) or Muon, its learning rate and its clipping.
+
+    Muon (kellerjordan.github.io/posts/muon, arXiv 2502.16982) orthogonalises the updates of kernels; embeddings, the
+    output head, norms, biases and adapters are AdamW's then too.
 
     Patterns are regular expressions for whole paths without layer numbers, such as `vision/.*`.
     """
 
+    rule: str = "adamw"  # or "muon"
     lr: float = 1e-3  # at the end of the warm-up
     schedule: str = "cosine"  # or "constant", after the warm-up
     warmup: int = 0  # steps from 0 to lr, linearly
@@ -39,6 +46,7 @@ class OptimizerConfig:
         for name in ("lr", "eps"):
             value = getattr(self, name)
             _check(name, value, _is_number(value) and value > 0, "a number above 0")
+        _check("rule", self.rule, self.rule in RULES, " or ".join(RULES))
         _check("schedule", self.schedule, self.schedule in SCHEDULES, " or ".join(SCHEDULES))
         _check("warmup", self.warmup, type(self.warmup) is int and self.warmup >= 0, "a whole number of at least 0")
         _check("floor", self.floor, _is_number(self.floor) and 0 <= self.floor <= 1, "a share from 0 to 1")
@@ -66,26 +74,47 @@ class OptimizerConfig:
 def make(config: OptimizerConfig | Mapping, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer for flat dicts of parameters by path, and its learning rate at a step, over `steps` steps in all.
 
-    Clips by the global norm, then AdamW, then multipliers on what it makes (decay too). Raises OptionError for values
-    out of range; its init does for patterns that match no trainable parameter.
+    Clips by the global norm, then AdamW or Muon, then multipliers on what it makes (decay too). Raises OptionError for
+    values out of range; its init does for patterns that match no trainable parameter.
     """
     config = OptimizerConfig.of(config)
     schedule = learning_rate(config, steps)
-    parts = [
-        optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=lambda params: decay_mask(params, config.decay),
-        )
-    ]
+    parts = [_rule(config, schedule)]
     if config.clip is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip))
     if config.multipliers:
         parts.append(_multiply(config.multipliers))
     return optax.chain(*parts), schedule
+
+
+def _rule(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    def mask(params):
+        return decay_mask(params, config.decay)
+
+    if config.rule == "adamw":
+        moments = {"b1": config.b1, "b2": config.b2, "eps": config.eps}
+        return optax.adamw(schedule, **moments, weight_decay=config.weight_decay, mask=mask)
+    # Only what moves: optax's muon would decay by its own masks, and give AdamW's share Nesterov's momentum too.
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    orthogonal = muon(-1.0, consistent_rms=MUON_RMS, muon_weight_dimension_numbers=_matrices)
+    return optax.chain(
+        optax.partition({"muon": orthogonal, "adam": adam}, _rules),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _rules(params) -> dict[str, str]:
+    """Muon for kernels, in stacks each layer's for itself, but not for the output head's."""
+
+    def is_matrix(path: str, value) -> bool:
+        return path.rsplit("/", 1)[-1] == "kernel" and "lm_head" not in path and value.ndim in (2, 3)
+
+    return {path: "muon" if is_matrix(path, value) else "adam" for path, value in params.items()}
+
+
+def _matrices(params):
+    return jax.tree.map(lambda x: MuonDimensionNumbers(x.ndim - 2, x.ndim - 1), params)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -167,3 +167,38 @@ def test_bad_options(values, said):
 def test_bad_steps(steps):
     with pytest.raises(OptionError, match="steps is"):
         make({}, steps)
+
+
+def test_muon_makes_all_singular_values_alike():
+    """By hand: the gradient's singular vectors, values near one (the coefficients' own band) times 0.2 sqrt(width)."""
+    (grad, *_) = gradients()
+    config = {"rule": "muon", "lr": 0.1, "schedule": "constant", "weight_decay": 0.3, "clip": None}
+    got = ours(config, [grad])
+    for path in ("text/layers/mlp/up/kernel", "vision/patch_embed/kernel"):
+        change = (PARAMS[path] - np.asarray(got[path], np.float64)) / 0.1 - 0.3 * PARAMS[path]
+        for g, moved in zip(grad[path].reshape(-1, *g_shape(path)), change.reshape(-1, *g_shape(path)), strict=True):
+            left, _, right = np.linalg.svd(g, full_matrices=False)
+            turned = left.T @ moved @ right.T / (0.2 * max(g.shape) ** 0.5)
+            assert np.abs(turned - np.diag(np.diag(turned))).max() < 1e-4
+            assert 0.65 < np.diag(turned).min() and np.diag(turned).max() < 1.25
+    for path in PARAMS.keys() - {"text/layers/mlp/up/kernel", "vision/patch_embed/kernel"}:  # AdamW: sign by sign
+        decay = 0.3 * PARAMS[path] if path.endswith("embedding") else 0
+        np.testing.assert_allclose(got[path], PARAMS[path] - 0.1 * (np.sign(grad[path]) + decay), atol=1e-5)
+
+
+def g_shape(path):
+    return SHAPES[path][-2:]
+
+
+@pytest.mark.parity
+def test_a_step_of_muon_as_with_pytorch():
+    """PyTorch orthogonalises in bfloat16, so 2 % of an update's size is as near as it comes."""
+    import torch
+
+    path, (grad, *_) = "vision/patch_embed/kernel", gradients()
+    theirs = torch.nn.Parameter(torch.tensor(PARAMS[path]))
+    theirs.grad = torch.tensor(grad[path])
+    torch.optim.Muon([theirs], lr=0.1, weight_decay=0.3, adjust_lr_fn="match_rms_adamw").step()
+    config = {"rule": "muon", "lr": 0.1, "schedule": "constant", "weight_decay": 0.3, "clip": None}
+    got, wanted = ours(config, [grad])[path] - PARAMS[path], theirs.detach().numpy() - PARAMS[path]
+    assert np.linalg.norm(got - wanted) < 0.02 * np.linalg.norm(wanted)
