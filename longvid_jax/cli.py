@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
-import json
 import math
 import os
 import sys
@@ -16,7 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from longvid_jax import cli_train
 from longvid_jax.errors import LongvidError, OptionError, VideoWarning
+from longvid_jax.terminal import keep_compiled, print_json, printable, progress, say
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what shells give for SIGINT and SIGPIPE
 WIDE = 1000  # columns
@@ -32,27 +32,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 2 for bad input, after one line on standard error."""
     argv = list(sys.argv[1:] if argv is None else argv)
     _quiet()
-    arguments = parser(argv).parse_args(argv)
+    top = parser(argv)
+    arguments, rest = top.parse_known_args(argv)
+    if rest and not hasattr(arguments, "overrides"):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    arguments.overrides = rest
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", VideoWarning)
-        warnings.showwarning = lambda message, *_: _say(f"warning: {message}")
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
         try:
-            arguments.run(arguments)
+            code = arguments.run(arguments)
             sys.stdout.flush()
+            return code or 0
         except LongvidError as error:
-            _say(f"error: {error if arguments.all_faults else _one_line(error)}")
+            say(f"error: {error if arguments.all_faults else _one_line(error)}")
             return 2
         except OSError as error:
             if isinstance(error, BrokenPipeError):  # `longvid ... | head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a failure at exit is kept away too
                 return BROKEN_PIPE
-            _say(f"error: {error}")
+            say(f"error: {error}")
             return 2
         except KeyboardInterrupt:
-            _say("interrupted")
+            say("interrupted")
             return INTERRUPTED
-    return 0
 
 
 def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
@@ -69,6 +73,8 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     _convert_arguments(_command(commands, "convert", _convert, "convert a Hugging Face checkpoint to Orbax"))
     _export_arguments(_command(commands, "export", _export, "write a converted checkpoint back as Hugging Face has it"))
+
+    cli_train.add_arguments(_command(commands, "train", cli_train.run, "train a model, or go on with it"))
 
     inspect = _command(commands, "inspect", _inspect, "show what is in a checkpoint, from its headers alone")
     inspect.add_argument("path", metavar="PATH", help="converted folder, Hugging Face folder or hub id (is fetched)")
@@ -183,19 +189,19 @@ def _ask(arguments: argparse.Namespace) -> None:
     )
     watchings = len(arguments.questions) if method is not None and method.prompt_guided else 1
     expected = watchings * len(video)
-    _keep_compiled()
-    with _progress() as progress:
-        bar, start = progress.add_task("loading", total=None), time.perf_counter()
+    keep_compiled()
+    with progress() as bars:
+        bar, start = bars.add_task("loading", total=None), time.perf_counter()
         model = lv.load(arguments.model, method=method, dtype=arguments.dtype and jnp.dtype(arguments.dtype))
         if arguments.check:
             convert.check_finite(model.model)
         seconds = {"load": time.perf_counter() - start}
-        progress.update(bar, description="watching", total=expected)
+        bars.update(bar, description="watching", total=expected)
 
         def watched(frames: int) -> None:
-            progress.advance(bar, frames)
-            if progress.finished:
-                progress.update(bar, description="answering")
+            bars.advance(bar, frames)
+            if bars.finished:
+                bars.update(bar, description="answering")
 
         answers, result = ask(
             model,
@@ -207,19 +213,19 @@ def _ask(arguments: argparse.Namespace) -> None:
             top_p=arguments.top_p,
             seed=arguments.seed,
         )
-        progress.update(bar, description="watched")
+        bars.update(bar, description="watched")
     if draw is not None:
         draw(answers[0].trace, video, arguments.plot)
     if arguments.json:
         result = {"model": arguments.model, **result, "seconds": {**seconds, **result["seconds"]}}
-        _print_json(result)
+        print_json(result)
         return
     for question, answer in zip(arguments.questions, answers, strict=True):
         if len(answers) > 1:
             print(f"> {question}")
         print(printable(answer.text))
     trace = result["trace"]
-    _say(
+    say(
         f"{trace['frames']} frames became {trace['tokens']:,} tokens, {trace['tokens_kept']:,} of which were kept: "
         f"{trace['cache_bytes'] / 1e6:,.1f} MB of cache instead of {trace['cache_bytes_uncompressed'] / 1e6:,.1f} MB"
     )
@@ -256,16 +262,16 @@ def _timeline(path: str):
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    _keep_compiled()
-    with _progress() as progress:
+    keep_compiled()
+    with progress() as bars:
         from longvid_jax.evaluate import demo
 
-        bar = progress.add_task("starting", total=None)
+        bar = bars.add_task("starting", total=None)
         result = demo.run(
-            keep=arguments.keep, seed=arguments.seed, stage=lambda what: progress.update(bar, description=what)
+            keep=arguments.keep, seed=arguments.seed, stage=lambda what: bars.update(bar, description=what)
         )
-        progress.update(bar, visible=False)
-    _print_json(result) if arguments.json else print(printable(demo.report(result)))
+        bars.update(bar, visible=False)
+    print_json(result) if arguments.json else print(printable(demo.report(result)))
 
 
 # --- convert, export, inspect -----------------------------------------------------------------------------------------
@@ -306,21 +312,21 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise OptionError("TARGET is missing; give the folder to make, or --dry-run to see what it takes.")
     if arguments.dry_run:
         forecast = convert.needs(arguments.source, dtype=arguments.dtype, revision=arguments.revision)
-        _print_json(dataclasses.asdict(forecast)) if arguments.json else print(forecast)
+        print_json(dataclasses.asdict(forecast)) if arguments.json else print(forecast)
         return
     source = convert.open_to_convert(arguments.source, arguments.revision)
     size = convert.needs(source, dtype=arguments.dtype).target_bytes
     try:
-        with _progress(in_bytes=True) as progress:
+        with progress(in_bytes=True) as bars:
             target = convert.to_orbax(
                 source,
                 arguments.target,
                 dtype=arguments.dtype,
                 overwrite=arguments.overwrite,
-                progress=partial(progress.advance, progress.add_task("converting", total=size)),
+                progress=partial(bars.advance, bars.add_task("converting", total=size)),
             )
     except KeyboardInterrupt:
-        _say(f"what is finished is kept beside {arguments.target}; give the same command again to go on")
+        say(f"what is finished is kept beside {arguments.target}; give the same command again to go on")
         raise
     _converted(arguments, target, size)
 
@@ -331,22 +337,22 @@ def _export(arguments: argparse.Namespace) -> None:
 
     checkpoint = convert.Checkpoint(arguments.source)
     size = checkpoint.nbytes(arguments.dtype)
-    with _progress(in_bytes=True) as progress:
-        bar = progress.add_task("exporting", total=size)
+    with progress(in_bytes=True) as bars:
+        bar = bars.add_task("exporting", total=size)
         target = convert.to_huggingface(
             checkpoint,
             arguments.target,
             dtype=arguments.dtype,
             max_shard_bytes=int(arguments.shard_gb * 1e9),
             overwrite=arguments.overwrite,
-            progress=partial(progress.advance, bar),
+            progress=partial(bars.advance, bar),
         )
     _converted(arguments, target, size)
 
 
 def _converted(arguments: argparse.Namespace, target: Path, size: int) -> None:
     if arguments.json:
-        _print_json({"source": arguments.source, "target": str(target), "bytes": size})
+        print_json({"source": arguments.source, "target": str(target), "bytes": size})
     else:
         print(f"{target}  {size / 1e6:,.1f} MB")
 
@@ -365,12 +371,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     description = convert.describe(arguments.path, arguments.revision)
     if arguments.verify:
         checkpoint = convert.Checkpoint(arguments.path)
-        with _progress(in_bytes=True) as progress:
-            bar = progress.add_task("verifying", total=checkpoint.nbytes())
-            convert.verify(checkpoint, partial(progress.advance, bar))
+        with progress(in_bytes=True) as bars:
+            bar = bars.add_task("verifying", total=checkpoint.nbytes())
+            convert.verify(checkpoint, partial(bars.advance, bar))
         description["verified"] = True
     if arguments.json:
-        _print_json(description)
+        print_json(description)
         return
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)  # nothing is cut off for another program
     console.print(convert.render(description), soft_wrap=True)
@@ -381,14 +387,14 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _bench_video(arguments: argparse.Namespace) -> None:
     bench = _benchmark("video")
     result = bench.run(arguments.video, arguments.minutes, arguments.repeats)
-    _print_json(result) if arguments.json else print(bench.report(result))
+    print_json(result) if arguments.json else print(bench.report(result))
 
 
 def _bench(name: str, arguments: argparse.Namespace) -> None:
     bench = _benchmark(name)
-    _keep_compiled()
+    keep_compiled()
     result = bench.run(arguments)
-    _print_json(result) if arguments.json else print(bench.report(result))
+    print_json(result) if arguments.json else print(bench.report(result))
 
 
 def _benchmark(name: str):
@@ -398,54 +404,11 @@ def _benchmark(name: str):
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
-def printable(text: str) -> str:
-    """The text without control characters, which could do things to a terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _print_json(result: dict) -> None:
-    print(json.dumps(result, allow_nan=False))
-
-
-def _say(line: str) -> None:
-    print(f"longvid: {line}", file=sys.stderr)
-
-
 def _one_line(error: Exception) -> str:
     """The message; of a list of faults the first few."""
     head, *faults = (line.strip() for line in str(error).splitlines())
     more = [f"and {len(faults) - SHOWN_FAULTS} more"] if len(faults) > SHOWN_FAULTS else []
     return " ".join([head, " | ".join(faults[:SHOWN_FAULTS] + more)]).strip()
-
-
-@contextlib.contextmanager
-def _progress(in_bytes: bool = False):
-    """A progress bar on standard error: alive on a terminal, its last state elsewhere, and nothing after an error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    count = DownloadColumn() if in_bytes else MofNCompleteColumn()
-    columns = TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn()
-    console = Console(stderr=True)
-    progress = Progress(*columns, TimeRemainingColumn(), console=console)
-    if not console.is_terminal:
-        yield progress
-        console.print(progress.get_renderable())
-        return
-    with progress:
-        try:
-            yield progress
-        except BaseException:
-            progress.live.transient = True
-            raise
 
 
 def _quiet() -> None:
@@ -457,18 +420,6 @@ def _quiet() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
-
-
-def _keep_compiled() -> None:
-    """Keeps compiled programs for the next run, in the user's cache; LONGVID_COMPILATION_CACHE=0 turns it off."""
-    if os.environ.get("LONGVID_COMPILATION_CACHE") == "0" or "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
-    import jax
-
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "longvid_jax" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)  # the default, 1 s, leaves most out on CPUs
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ PACKAGE = "longvid_jax"
 # Imports go down only: a part imports parts of the lines below its own. Of errors everybody may know.
 FLOORS = (
     ("cli", "__main__"),
+    ("cli_train",),
     ("evaluate", "scale"),
     ("systems", "train"),
     ("data", "convert", "generate"),
     ("models", "memory", "video"),
     ("ops",),
-    ("errors",),
+    ("errors", "terminal"),
 )
 FLOOR = {part: len(FLOORS) - level for level, parts in enumerate(FLOORS) for part in parts}
 # checkpoint stands beside the floors: it needs nothing of the package, and these and all above them may use it.

@@ -3,6 +3,8 @@
 import difflib
 import importlib.resources
 import json
+import re
+import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -70,24 +72,18 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     from absl import flags
     from ml_collections import config_flags
 
-    name, colon, variant = spec.partition(":")
-    path = _file(name)
-    argv = ["longvid", f"--config={path}{colon}{variant}", *overrides]
-    values = flags.FlagValues()
+    name, _, variant = spec.partition(":")
+    config, argv, values = _read(name, variant), ["longvid", *overrides], flags.FlagValues()
+    for word in overrides:
+        _check_key(config, word.partition("=")[0], name)
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     try:
-        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
         config = values.config
     except flags.UnrecognizedFlagError as error:
         raise OptionError(f"--{error.flagname} is not known; give --config.KEY=VALUE to change the config.") from error
     except flags.Error as error:
         raise OptionError(f"{_line(error)}; give a value of the kind that {name} has there.") from error
-    except (AttributeError, KeyError, IndexError) as error:
-        raise OptionError(f"an override names what {name} does not have: {_line(error)}.") from error
-    except OptionError:
-        raise
-    except Exception as error:  # whatever a config file, which is a program, raises
-        raise OptionError(f"{path} gives no config ({type(error).__name__}: {_line(error)}); mend it.") from error
     if left:
         raise OptionError(f"{left[0]!r} is not known; give --config.KEY=VALUE to change the config.")
     return resolve(config)
@@ -148,7 +144,31 @@ def unknown(name: str, known: Sequence[str], where: str) -> OptionError:
     """The error for a name that is not among the known ones."""
     near = difflib.get_close_matches(str(name), list(known), n=1)
     said = f", but {near[0]!r}" if near else ""
-    return OptionError(f"{where} has no {name!r}{said}; known are {', '.join(known)}.")
+    return OptionError(f"{where} has no {name!r}{said}; known are {', '.join(known) or 'none'}.")
+
+
+def _read(name: str, variant: str) -> ConfigDict:
+    """What the get_config of a config file gives."""
+    path = _file(name)
+    try:
+        config = runpy.run_path(str(path))["get_config"](*[variant] * bool(variant))
+    except Exception as error:  # whatever a config file, which is a program, raises
+        raise OptionError(f"{path} gives no config ({type(error).__name__}: {_line(error)}); mend it.") from error
+    if not isinstance(config, ConfigDict):
+        raise OptionError(f"get_config of {path} gives a {type(config).__name__}, but must give a ConfigDict.")
+    return config
+
+
+def _check_key(config, word: str, name: str) -> None:
+    """That the config has the key of an override, `--config.stages[0].steps`."""
+    where = "config"
+    for key, number in re.findall(r"\.(\w+)|\[(\d+)\]", word.removeprefix("--config") if "--config." in word else ""):
+        if key and not (isinstance(config, ConfigDict) and key in config):
+            raise unknown(key, list(config) if isinstance(config, ConfigDict) else [], f"{where} of {name}")
+        if number and not (isinstance(config, tuple) and int(number) < len(config)):
+            raise OptionError(f"{where} of {name} has no number {number}; numbers start at 0.")
+        config = config[int(number) if number else key]
+        where += f"[{number}]" if number else f".{key}"
 
 
 def _file(name: str) -> Path:

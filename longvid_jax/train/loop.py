@@ -56,7 +56,7 @@ def train(
         dtype, patterns = jnp.dtype(config.compute_dtype), (models.trainable(config), tuple(config.frozen))
         structure, state = init(module, update, *patterns, compute_dtype=dtype, mesh=mesh)
         del module  # the state has taken over its arrays
-        take_step = Steps(config, model, structure, update, schedule)
+        compiled = Steps(config, model, structure, update, schedule)
         evaluate = evaluation.make(config, model, structure, mesh=mesh)
 
         # What has been done of it.
@@ -80,7 +80,7 @@ def train(
             while done < steps and not stopping.asked(done):
                 profile.at(done, state)
                 batch, waited = feed.next(state.step)
-                state, metrics, cost = take_step(state, batch, batches.stage(done).task, compiling=record.paused)
+                state, metrics, cost = compiled.take(state, batch, batches.stage(done).task, compiling=record.paused)
                 done += 1
                 record.follow(done, batch, metrics, cost, waited)
 

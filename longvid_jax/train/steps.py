@@ -16,7 +16,7 @@ from longvid_jax.train.tasks import task
 
 
 class Steps:
-    """A function of (state, batch, task's name) -> (state, metrics, operations); it takes over the state's arrays."""
+    """The steps of a run, whichever task they are of."""
 
     def __init__(
         self,
@@ -36,10 +36,12 @@ class Steps:
         self._plain = {name: step(name, "none") for name in names}  # never run: work done twice does not count
         self._flops: dict[tuple, float] = {}
 
-    def __call__(
+    def take(
         self, state: TrainState, batch: Batch, name: str, compiling: Callable[[], AbstractContextManager]
     ) -> tuple[TrainState, dict[str, jax.Array], float]:
-        """compiling(): entered while a step is traced and compiled, which is when its shapes are new."""
+        """The state after a step of the task `name`, its metrics and how many operations it takes.
+
+        The given state's arrays are used up. compiling(): entered while a step is traced and compiled, which is when its shapes are new."""
         key = name, *sorted((key, array.shape) for key, array in batch.arrays.items())
         if key in self._flops:
             return *self._steps[name](state, batch.arrays), self._flops[key]
