@@ -1,0 +1,64 @@
+"""What answers are worth, as numbers: spans of time, events in order, and how sure a mean over videos is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from longvid_jax.video.synthetic import parse_caption, parse_span
+
+THRESHOLDS = (0.3, 0.5, 0.7)  # of IoU, for R@1
+RESAMPLES = 10_000
+LEVEL = 0.95  # of confidence
+
+
+def span_iou(told: str, truth: tuple[float, float]) -> float:
+    """Intersection over union of the span that a text tells with the true (start, end) in seconds; 0 if it tells none.
+
+    The truth is exact and the text in whole seconds, so that even the right answer is mostly below 1.
+    """
+    span = parse_span(told)
+    if span is None:
+        return 0.0
+    (start, end), (true_start, true_end) = span, truth
+    shared = max(0.0, min(end, true_end) - max(start, true_start))
+    return shared / (end - start + true_end - true_start - shared)
+
+
+def grounding(ious: Sequence[float]) -> dict[str, float]:
+    """Mean IoU, and R@1: the share of answers that reach each threshold."""
+    ious = np.asarray(ious, float)
+    return {"miou": float(ious.mean()), **{f"r1@{least}": float((ious >= least).mean()) for least in THRESHOLDS}}
+
+
+def event_score(told: str, truth: str) -> float:
+    """How much of a caption's events is told in their order: an F1 score.
+
+    Twice the longest common subsequence of the events (colour, shape, what it turns into: equal or not), over the
+    number of events in both captions together. What is no event of the world counts as one that fits none.
+    """
+    told, truth = parse_caption(told), parse_caption(truth)
+    if not told or not truth:
+        return float(told == truth)
+    longest = np.zeros((len(told) + 1, len(truth) + 1), int)
+    for i, one in enumerate(told):
+        for j, other in enumerate(truth):
+            same = one is not None and one == other
+            longest[i + 1, j + 1] = longest[i, j] + 1 if same else max(longest[i, j + 1], longest[i + 1, j])
+    return 2 * int(longest[-1, -1]) / (len(told) + len(truth))
+
+
+def interval(values: Sequence[float], videos: Sequence, *, seed: int = 0) -> tuple[float, float]:
+    """95 % confidence interval of the mean of values [n], by the bootstrap over videos [n] (which each belongs to).
+
+    Whole videos are drawn with replacement, with all their values: what is asked of one video is not independent. For
+    two systems on the same questions give the differences of their values: then the bootstrap is paired.
+    """
+    values = np.asarray(values, float)
+    _, video = np.unique(np.asarray(videos), return_inverse=True)
+    count = int(video.max()) + 1
+    sums, sizes = np.bincount(video, values, count), np.bincount(video, minlength=count)
+    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    low, high = np.quantile((drawn @ sums) / (drawn @ sizes), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
