@@ -4,12 +4,15 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
 from longvid_jax.models.llama import Decoder
 from longvid_jax.models.qwen2_vl import Qwen2VL
 from longvid_jax.video.preprocess import patchify
 
 CHUNK = 4096  # tokens whose logits are in memory at a time
+BIAS = -2.0  # of a word's logit before anything is learned, as most words name nothing in sight
 
 
 def token_losses(decoder: Decoder, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -47,18 +50,14 @@ def answer_tokens(
 
     batch: the arrays of data.batches.Batch. mean, std: of the pixels, as the model's processor has them.
     """
-    vision = model.config.vision
-    patches = patchify(
-        batch["frames"], patch=vision.patch, temporal=vision.temporal, merge=vision.merge, mean=mean, std=std
-    )
-    rows, columns = (size // vision.patch for size in batch["frames"].shape[2:4])
+    patches, grid = _patches(model, batch["frames"], mean, std)
     hidden = model(
         batch["tokens"],
         batch["positions"],
         batch["groups"],
         batch["video_index"],
         patches,
-        (rows, columns),
+        grid,
         remat=remat,
     )
     return token_losses(model.text, hidden, batch["targets"])
@@ -88,3 +87,46 @@ def answers(model: Qwen2VL, batch: Mapping[str, jax.Array], **how) -> tuple[jax.
 def text(decoder: Decoder, batch: Mapping[str, jax.Array], **how) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """What text_tokens gives, in `sums`."""
     return sums(*text_tokens(decoder, batch, **how), batch)
+
+
+def naming(
+    model: Qwen2VL, batch: Mapping[str, jax.Array], *, words, known, mean, std, remat: bool | str = False
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """How well the vision tower's tokens name what is in sight, in the decoder's own words; the decoder is not run.
+
+    A token says a word as far as its product with the word's embedding goes, and a picture as far as its tokens do
+    (log-sum-exp); losses are sigmoid ones, as in SigLIP (arXiv 2303.15343), for first words, second words and both in
+    one token. So vision arrives in the space of words before the decoder has to look there.
+
+    batch: arrays of data.naming.WorldMoments, with K things. words: token numbers int [K, 2] of each thing's two words,
+    the product of all first and all second ones in that order. known: bool [K], False for what is never told.
+    Gives the sum of the losses of all moments, their number, and of how many every known thing is named right.
+    """
+    patches, grid = _patches(model, batch["frames"], mean, std)
+    x = model.vision(patches.reshape(-1, *patches.shape[2:]), grid, remat=remat)  # [moments, N, D]
+    embedding = model.text.embed.embedding[...]
+    words, rows = np.asarray(words), len(dict.fromkeys(first for first, _ in words))
+    table = words.reshape(rows, -1, 2)
+    first, second = (x @ embedding[ids].T for ids in (table[:, 0, 0], table[0, :, 1]))
+    both = first[..., :, None] + second[..., None, :]
+    here = batch["things"].reshape(-1, *table.shape[:2])
+    sure = 1 - batch["unsure"].reshape(here.shape)
+    total, right = jnp.zeros(()), None
+    for said, truth, told, bias in (
+        (first, here.max(2), sure.min(2), BIAS),
+        (second, here.max(1), sure.min(1), BIAS),
+        (both, here, sure * np.asarray(known, np.float32).reshape(table.shape[:2]), 2 * BIAS),
+    ):
+        logits = jax.nn.logsumexp(said.astype(jnp.float32), axis=1) + bias
+        told = jnp.maximum(told, truth)  # what is in sight of a word is told, whatever else may be
+        total += (optax.sigmoid_binary_cross_entropy(logits, truth) * told).sum()
+        right = ((logits > 0) == (truth > 0)) | (told == 0)
+    return total, jnp.float32(here.shape[0]), {"right": right.all((1, 2)).sum(dtype=jnp.float32)}
+
+
+def _patches(model: Qwen2VL, frames: jax.Array, mean, std) -> tuple[jax.Array, tuple[int, int]]:
+    """Patches [B, T, P, inputs] of frames uint8 [B, F, H, W, 3], and the rows and columns of them."""
+    vision = model.config.vision
+    patches = patchify(frames, patch=vision.patch, temporal=vision.temporal, merge=vision.merge, mean=mean, std=std)
+    rows, columns = (size // vision.patch for size in frames.shape[2:4])
+    return patches, (rows, columns)

@@ -10,12 +10,14 @@ import numpy as np
 
 from longvid_jax.data.batches import Batch, Batches, Shapes, Shifts, mixed
 from longvid_jax.data.conversations import ConversationSource
+from longvid_jax.data.naming import THINGS, WorldMoments
 from longvid_jax.data.text import TextBatches, TextSource
 from longvid_jax.data.world import WorldSource
 from longvid_jax.errors import DataError, OptionError
 from longvid_jax.train import losses
 from longvid_jax.train.config import plain, unknown
 from longvid_jax.train.models import Model
+from longvid_jax.video.synthetic import HELD_OUT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Task:
     """batches(stage, model, seed=, process=, processes=): an object whose [b] is a data.batches.Batch.
 
     loss(model, remat): what state.make_train_step takes. tokens(model): a function of (module, batch) that gives the
-    losses of tokens and which are right, both [B, N], for evaluations.
+    losses of tokens and which are right, both [B, N], for evaluations; None: it has no answers to be judged.
     """
 
     batches: Callable[..., Any]
     loss: Callable[[Model, str], Callable]
-    tokens: Callable[[Model], Callable]
+    tokens: Callable[[Model], Callable] | None
 
 
 def _answer_batches(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
@@ -56,7 +58,28 @@ def _answer_loss(model: Model, remat: str):
     return lambda module, batch: losses.sums(*tokens(module, batch), batch)
 
 
-TASKS = {"answers": Task(_answer_batches, _answer_loss, _answer_tokens)}
+def _moments(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    (source,) = plain(stage.sources) if len(stage.sources) == 1 else ({},)
+    values = _checked(source, {"moments": WorldMoments}, "a stage of the task 'naming'")
+    return WorldMoments(
+        stage.batch_size, seed=seed, temporal=model.vision.temporal, process=process, processes=processes, **values
+    )
+
+
+def _naming_loss(model: Model, remat: str):
+    """Its words must be tokens: of the world's own tokenizer they are."""
+    encoded = [model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for thing in THINGS for word in thing]
+    if any(len(ids) != 1 for ids in encoded):
+        raise OptionError("the task 'naming' needs a tokenizer with a token for each colour and shape; leave it out.")
+    words = np.array(encoded).reshape(-1, 2)
+    known = [thing not in HELD_OUT for thing in THINGS]
+    return partial(losses.naming, words=words, known=known, mean=model.mean, std=model.std, remat=remat)
+
+
+TASKS = {
+    "answers": Task(_answer_batches, _answer_loss, _answer_tokens),
+    "naming": Task(_moments, _naming_loss, None),
+}
 
 
 def task(name: str) -> Task:
@@ -132,18 +155,23 @@ def _examples(stage, seed: int):
 
 def _source(values: Mapping):
     """The source of a config's entry: {"kind": "world", "count": 1000, ...}."""
+    return SOURCES[values.get("kind")](**_checked(values, SOURCES, "the table of kinds of sources"))
+
+
+def _checked(values: Mapping, kinds: Mapping[str, Callable], where: str) -> dict:
+    """The arguments in a config's entry for the source of its kind."""
     values = dict(values)
     kind = values.pop("kind", None)
-    if kind not in SOURCES:
-        raise unknown(kind, list(SOURCES), "the table of kinds of sources")
-    parameters = inspect.signature(SOURCES[kind]).parameters
+    if kind not in kinds:
+        raise unknown(kind, list(kinds), where)
+    parameters = inspect.signature(kinds[kind]).parameters
     for name in values:
         if name not in parameters:
             raise unknown(name, list(parameters), f"a source of kind {kind!r}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and values.get(name, "") == "":
             raise OptionError(f"a source of kind {kind!r} needs {name}; give it in its stage.")
-    return SOURCES[kind](**values)
+    return values
 
 
 def _buckets(stage, name: str) -> Sequence[int]:

@@ -1,0 +1,81 @@
+"""Frames of the made-up world and the things in them: what a vision tower learns to see on, before it learns to talk.
+
+A frame costs a thousandth of a question: there are no words to read, and every thing in sight is a target.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from longvid_jax.data.batches import Batch, Example
+from longvid_jax.errors import OptionError
+from longvid_jax.video.synthetic import COLOURS, SHAPES, Thing, World
+
+THINGS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
+
+
+class WorldMoments:
+    """A grain source of batches of moments from worlds, without an end; batch b is a function of (seed, b) alone.
+
+    Args:
+      batch_size: worlds of a batch.
+      moments: of each world, at random times; each is what one temporal patch shows.
+      temporal, fps: a moment has `temporal` frames, 1 / fps seconds apart.
+      size: (H, W) of a frame.
+      bare: the share of worlds in which nothing comes or changes, so that only one or two things are in sight.
+
+    A batch has frames uint8 [B, moments * temporal, H, W, 3], and float32 [B, moments, len(THINGS)]: `things`, 1 for
+    what is in all of a moment's frames, and `unsure`, 1 for what is in some of them only.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        moments: int = 8,
+        temporal: int = 2,
+        level: str = "clear",
+        split: str = "train",
+        seconds: float = 16.0,
+        fps: float = 2.0,
+        size: Sequence[int] = (56, 56),
+        bare: float = 0.5,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if batch_size % processes:
+            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
+        self.batch_size, self.seed, self.moments, self.temporal, self.bare = batch_size, seed, moments, temporal, bare
+        self.world, self.fps, self.size = {"level": level, "split": split, "seconds": seconds}, fps, tuple(size)
+        share = batch_size // processes
+        self.mine = range(process * share, (process + 1) * share)
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, b: int) -> Batch:
+        numbers = range(b * self.batch_size, (b + 1) * self.batch_size)
+        rows = [self._row(numbers[n]) for n in self.mine]
+        arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        return Batch(b, arrays, tuple(map(self._example, numbers)), {})
+
+    def _example(self, n: int) -> Example:
+        id = f"{self.world['level']}/{self.world['split']}/moments/{n}"
+        return Example(id, (), self.moments * self.temporal, self.size, frames=lambda: self._row(n)["frames"])
+
+    def _row(self, n: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng([self.seed, n])
+        events = {"visits": 0, "changes": 0} if rng.random() < self.bare else {}
+        world = World(int(rng.integers(1 << 62)), **self.world, **events)
+        length = (self.temporal - 1) / self.fps
+        starts = rng.uniform(0, world.seconds - length, self.moments)
+        times = np.minimum(starts[:, None] + np.linspace(0, length, self.temporal), world.seconds)
+        seen = np.array([[_seen(world, time) for time in moment] for moment in times], np.float32)
+        always, ever = seen.min(axis=1), seen.max(axis=1)
+        return {"frames": world.render(times.reshape(-1), self.size), "things": always, "unsure": ever - always}
+
+
+def _seen(world: World, time: float) -> list[bool]:
+    visible = set(world.visible(time))
+    return [thing in visible for thing in THINGS]

@@ -1,0 +1,62 @@
+"""Moments of the world and what is told of them."""
+
+import numpy as np
+import pytest
+
+from longvid_jax.data.naming import THINGS, WorldMoments
+from longvid_jax.video.synthetic import COLOURS, HELD_OUT
+
+MADE = WorldMoments(16, seed=3, moments=6)
+
+
+def test_what_is_told_is_what_is_drawn():
+    """On the clear level a colour in sight has pixels of its own in every frame of a moment, and one out of sight none.
+
+    Things may hide each other, so only most of those in sight must show; noise and shade leave what is absent unlike.
+    """
+    batch = MADE[0].arrays
+    shown, absent = [], []
+    for frames, things, unsure in zip(batch["frames"], batch["things"], batch["unsure"], strict=True):
+        for n in range(6):
+            pair = frames[2 * n : 2 * n + 2].astype(int)
+            for colour, rgb in COLOURS.items():
+                mine = [k for k, thing in enumerate(THINGS) if thing.colour == colour]
+                if unsure[n, mine].any():
+                    continue
+                pixels = (np.abs(pair - rgb).max(-1) < 40).sum((1, 2)).min()
+                (shown if things[n, mine].any() else absent).append(pixels >= 8)
+    assert len(shown) > 60 and np.mean(shown) > 0.95
+    assert len(absent) > 300 and np.mean(absent) < 0.02
+
+
+def test_batches_are_functions_of_seed_and_number():
+    again, other = WorldMoments(16, seed=3, moments=6), WorldMoments(16, seed=4, moments=6)
+    for name, array in MADE[2].arrays.items():
+        np.testing.assert_array_equal(array, again[2].arrays[name])
+    assert (MADE[2].arrays["frames"] != other[2].arrays["frames"]).any()
+    assert (MADE[2].arrays["frames"] != MADE[3].arrays["frames"]).any()
+    np.testing.assert_array_equal(MADE[2].examples[1].frames(), MADE[2].arrays["frames"][1])
+
+
+def test_processes_share_a_batch():
+    halves = [WorldMoments(16, seed=3, moments=6, process=n, processes=2)[1] for n in range(2)]
+    for name, array in MADE[1].arrays.items():
+        np.testing.assert_array_equal(np.concatenate([half.arrays[name] for half in halves]), array)
+    assert [example.id for example in halves[0].examples] == [example.id for example in MADE[1].examples]
+
+
+def test_bare_worlds_show_few_things_and_training_never_what_is_held_out():
+    bare, full = (WorldMoments(16, seed=0, bare=share)[0].arrays["things"].sum(-1) for share in (1.0, 0.0))
+    assert set(np.unique(bare)) <= {0, 1, 2} and (bare > 0).mean() > 0.9  # none where a cut falls into the moment
+    assert full.mean() > bare.mean() and full.max() > 2
+    held = [thing in HELD_OUT for thing in THINGS]
+    assert not MADE[0].arrays["things"][..., held].any()
+    assert WorldMoments(16, seed=0, split="test")[0].arrays["things"][..., held].any()
+
+
+@pytest.mark.parametrize("temporal", [1, 3])
+def test_frames_of_a_moment(temporal):
+    batch = WorldMoments(2, seed=0, moments=4, temporal=temporal, size=(28, 56))[0].arrays
+    assert batch["frames"].shape == (2, 4 * temporal, 28, 56, 3) and batch["things"].shape == (2, 4, len(THINGS))
+    if temporal == 1:
+        assert not batch["unsure"].any()
