@@ -154,10 +154,11 @@ class Series:
                 custom_metadata=about,
             )
 
-    def restore(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The arrays of a checkpoint, all of which must be wanted, in the wanted shardings."""
+    def restore(self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct] | None = None) -> dict[str, jax.Array]:
+        """The arrays of a checkpoint in the wanted shardings, of which there must be one for each; None: as saved."""
+        abstract = None if wanted is None else unflatten_dict(dict(wanted), sep="/")
         with _silent():
-            return flatten_dict(self._checkpointer.load(step, unflatten_dict(dict(wanted), sep="/")), sep="/")
+            return flatten_dict(self._checkpointer.load(step, abstract), sep="/")
 
     def wait(self) -> None:
         """Until what was last saved is written."""

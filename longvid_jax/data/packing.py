@@ -39,6 +39,8 @@ def tokenize(tokenizer, conversation: Sequence[tuple[str, str]], video_token: in
         answered = _write(tokenizer, messages)
         if not (asked.startswith(text) and answered.startswith(asked)):
             raise PromptError("The chat template rewrites earlier turns, so answers cannot be told apart; use another.")
+        if question.strip() not in asked[len(text) :] or answer.strip() not in answered[len(asked) :]:
+            raise PromptError("The chat template leaves out what is said; use one that is made for such messages.")
         spans.append((len(asked), len(asked) + len(answered[len(asked) :].rstrip())))
         text = answered
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

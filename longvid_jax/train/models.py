@@ -17,8 +17,10 @@ from longvid_jax.errors import CheckpointError, OptionError
 from longvid_jax.models import lora
 from longvid_jax.models.llama import DecoderConfig
 from longvid_jax.models.qwen2_vl import VisionConfig
+from longvid_jax.models.paths import leaves
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.train.config import plain
+from longvid_jax.train.initial import scaled
 
 ADAPTERS = ".*/lora_[ab]"
 # Keys of a config.json that hang on the tokenizer: the token each is the number of.
@@ -52,7 +54,7 @@ def build(config, mesh=None) -> tuple[Model, Any]:
 
     Raises CheckpointError if it cannot be loaded, OptionError if the tokenizer and it do not fit.
     """
-    model, module = _load(config, mesh) if config.checkpoint else _make(config)
+    model, module = _load(config, mesh) if config.checkpoint else _make(config, mesh)
     _check_tokenizer(model)
     if config.lora.rank:
         key = jax.random.key(config.seed)
@@ -65,7 +67,7 @@ def trainable(config) -> tuple[str, ...] | None:
     return tuple(config.trainable) or ((ADAPTERS,) if config.lora.rank else None)
 
 
-def _make(config) -> tuple[Model, Any]:
+def _make(config, mesh) -> tuple[Model, Any]:
     """Random weights of config.model, with the tokenizer of the world."""
     tokenizer = world_tokenizer()
     values = {"vocab_size": len(tokenizer), **{key: tokenizer.convert_tokens_to_ids(t) for key, t in TOKENS.items()}}
@@ -75,7 +77,11 @@ def _make(config) -> tuple[Model, Any]:
     settings = convert.network_config(SimpleNamespace(config=values, name="config.model"))
     model = _model(values, settings, tokenizer, ())
     network, _ = NETWORKS[convert.architecture(values)]
-    return model, network(settings, stacked=config.stacked, rngs=nnx.Rngs(config.seed))
+
+    def start():
+        return scaled(network(settings, stacked=config.stacked, rngs=nnx.Rngs(config.seed)))
+
+    return model, jax.jit(start, out_shardings=None if mesh is None else _shardings(jax.eval_shape(start), mesh))()
 
 
 def _load(config, mesh) -> tuple[Model, Any]:
@@ -87,6 +93,12 @@ def _load(config, mesh) -> tuple[Model, Any]:
     if tokenizer is None:
         raise CheckpointError(f"{weights.name} has no tokenizer; put tokenizer.json and tokenizer_config.json in it.")
     return _model(weights.config, settings, tokenizer, tuple(files_beside(weights.path)), weights.path), module
+
+
+def _shardings(module, mesh):
+    """Where the parameters of an abstract module lie."""
+    places = [parameter_sharding(mesh, leaf.path, leaf.value.shape) for leaf in leaves(module)]
+    return jax.tree.unflatten(jax.tree.structure(module), places)
 
 
 def _model(values: dict, settings, tokenizer, files, folder: Path | None = None) -> Model:

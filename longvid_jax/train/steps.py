@@ -41,7 +41,9 @@ class Steps:
     ) -> tuple[TrainState, dict[str, jax.Array], float]:
         """The state after a step of the task `name`, its metrics and how many operations it takes.
 
-        The given state's arrays are used up. compiling(): entered while a step is traced and compiled, which is when its shapes are new."""
+        The given state's arrays are used up. compiling(): entered while a step is traced and compiled, which is when
+        its shapes are new.
+        """
         key = name, *sorted((key, array.shape) for key, array in batch.arrays.items())
         if key in self._flops:
             return *self._steps[name](state, batch.arrays), self._flops[key]
