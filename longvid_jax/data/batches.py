@@ -20,6 +20,8 @@ class Example:
     size: tuple[int, int]  # (H, W) in pixels
     frames: Callable[[], np.ndarray]  # uint8 [num_frames or fewer, H, W, 3]; VideoError if nothing decodes
     tags: tuple[str, ...] = ()  # of each conversation: its family of questions, say
+    offset: int = 0  # its temporal patches stand at offset + stride * 0, 1, ..., counted from the first video token
+    stride: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,24 +56,6 @@ class Shapes:
         return -(-frames // self.temporal), size[0] // self.merged, size[1] // self.merged
 
 
-@dataclasses.dataclass(frozen=True)
-class Shifts:
-    """Where a video's temporal patches stand: at offset + stride * 0, 1, ..., drawn anew for each row.
-
-    Uniform from 0 to `offset` and from 1 to `stride`, and neither for a share `plain` of the rows; positions beyond
-    those of the trained length are seen in training then.
-    """
-
-    offset: int = 0
-    stride: int = 1
-    plain: float = 0.5
-
-    def draw(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        """int [length]"""
-        offset, stride, shifted = rng.integers(0, self.offset + 1), rng.integers(1, self.stride + 1), rng.random()
-        return np.arange(length) if shifted < self.plain else offset + stride * np.arange(length)
-
-
 class Batches:
     """A grain source of batches without an end.
 
@@ -87,8 +71,6 @@ class Batches:
         shapes: Shapes,
         batch_size: int,
         *,
-        seed: int = 0,
-        shifts: Shifts | None = None,
         process: int = 0,
         processes: int = 1,
     ):
@@ -97,7 +79,7 @@ class Batches:
         if not len(examples):
             raise DataError("the data set is empty; give one with examples.")
         self.examples, self.tokenizer, self.video_token, self.shapes = examples, tokenizer, video_token, shapes
-        self.batch_size, self.seed, self.shifts = batch_size, seed, shifts or Shifts()
+        self.batch_size = batch_size
         self.process, self.processes = process, processes
 
     def __len__(self) -> int:
@@ -113,13 +95,12 @@ class Batches:
         mine = range(self.process * share, (self.process + 1) * share)
         packed, pixels, undecodable = [], np.zeros((share, frames, *size, 3), np.uint8), {}
         for n, row in enumerate(mine):
-            rng = np.random.default_rng([self.seed, rows[row]])
             arrays = pack(
                 turns[row],
                 grid,
                 text + int(np.prod(grid)),
                 video_token=self.video_token,
-                times=self.shifts.draw(rng, grid[0]),
+                times=examples[row].offset + examples[row].stride * np.arange(grid[0]),
             )
             try:
                 read = examples[row].frames()[:frames]

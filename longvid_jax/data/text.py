@@ -50,7 +50,6 @@ class TextBatches:
         batch_size: int,
         *,
         axes: int = 1,
-        seed: int = 0,
         process: int = 0,
         processes: int = 1,
     ):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 from longvid_jax.data.batches import Example
-from longvid_jax.video.synthetic import World, multiple_choice
+from longvid_jax.video.synthetic import World, multiple_choice, retimed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,10 @@ class WorldSource:
 
     seconds: lengths of the videos, world i has seconds[i % len]. fps: frames that are sampled a second. size: (H, W).
     letters: the share of questions that are asked as multiple choice.
+    offset, stride, plain: but for a share `plain` of them, videos stand later and wider apart than they are: the n-th
+        temporal patch of `temporal` frames at offset + n * stride, drawn from 0 to `offset` and from 1 to `stride`, as
+        if that much had been left out before it and in between. Answers in seconds are told accordingly. So positions
+        of videos far longer than the trained ones are seen in training.
     """
 
     count: int
@@ -27,14 +31,24 @@ class WorldSource:
     questions: int = 8
     families: Sequence[str] | None = None
     letters: float = 0.0
+    offset: int = 0
+    stride: int = 1
+    plain: float = 0.5
+    temporal: int = 2
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, i: int) -> Example:
         world = World(i, level=self.level, seconds=self.seconds[i % len(self.seconds)], split=self.split)
-        questions = world.questions(self.questions, self.families)
         rng = np.random.default_rng([i, 1])
+        offset, stride = (
+            (0, 1) if rng.random() < self.plain else rng.integers((0, 1), (self.offset + 1, self.stride + 1))
+        )
+        second = self.temporal / self.fps  # of a temporal patch
+        questions = [
+            retimed(question, offset * second, stride) for question in world.questions(self.questions, self.families)
+        ]
         asked = [
             multiple_choice(q, rng) if rng.random() < self.letters and q.choices else (q.text, q.answer)
             for q in questions
@@ -47,4 +61,6 @@ class WorldSource:
             size=self.size,
             frames=partial(world.render, times, self.size),
             tags=tuple(q.family for q in questions),
+            offset=offset,
+            stride=stride,
         )

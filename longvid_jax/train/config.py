@@ -22,7 +22,6 @@ STAGE = {
     "sources": (),  # each {"kind": of train.tasks, "weight": 1.0, and that source's own arguments}
     "frames": (),  # buckets: numbers of frames, ascending
     "text": (),  # buckets: tokens beside the video's, ascending
-    "shifts": {"offset": 0, "stride": 1, "plain": 0.5},  # of data.batches.Shifts
 }
 BASE = {
     "seed": 0,

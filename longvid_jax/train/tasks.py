@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longvid_jax.data.batches import Batch, Batches, Shapes, Shifts, mixed
+from longvid_jax.data.batches import Batch, Batches, Shapes, mixed
 from longvid_jax.data.conversations import ConversationSource
 from longvid_jax.data.naming import THINGS, WorldMoments
 from longvid_jax.data.text import TextBatches, TextSource
@@ -35,7 +35,7 @@ class Task:
 
 def _answer_batches(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
     examples = _examples(stage, seed)
-    share = {"seed": seed, "process": process, "processes": processes}
+    share = {"process": process, "processes": processes}
     text = _buckets(stage, "text")
     if model.vision is None:
         return TextBatches(examples, model.tokenizer, text, stage.batch_size, axes=model.text.rope.axes, **share)
@@ -43,8 +43,7 @@ def _answer_batches(stage, model: Model, *, seed: int, process: int = 0, process
     shapes = Shapes(_buckets(stage, "frames"), text, vision.temporal, vision.patch * vision.merge)
     if odd := [frames for frames in shapes.frames if frames % vision.temporal]:
         raise OptionError(f"a bucket has {odd[0]} frames, but must have a multiple of {vision.temporal}.")
-    shifts = Shifts(**plain(stage.get("shifts", {})))
-    return Batches(examples, model.tokenizer, model.video_token, shapes, stage.batch_size, shifts=shifts, **share)
+    return Batches(examples, model.tokenizer, model.video_token, shapes, stage.batch_size, **share)
 
 
 def _answer_tokens(model: Model, remat: str = "none"):

@@ -21,7 +21,7 @@ import numpy as np
 from longvid_jax.errors import OptionError
 from longvid_jax.video.synthetic_baseline import text_only
 from longvid_jax.video.synthetic_file import write_video
-from longvid_jax.video.synthetic_questions import FAMILIES, Question, ask, multiple_choice
+from longvid_jax.video.synthetic_questions import FAMILIES, Question, ask, multiple_choice, retimed
 from longvid_jax.video.synthetic_render import WIDEST, render
 from longvid_jax.video.synthetic_script import SHORTEST_STAY, TURNS, Event, Script, compose, room
 from longvid_jax.video.synthetic_text import parse_caption, parse_span, sentences, vocabulary
@@ -41,6 +41,7 @@ __all__ = [
     "multiple_choice",
     "parse_caption",
     "parse_span",
+    "retimed",
     "sentences",
     "text_only",
     "vocabulary",

@@ -237,3 +237,17 @@ def multiple_choice(question: Question, rng: np.random.Generator) -> tuple[str, 
     options = [options[i] for i in rng.permutation(len(options))]
     lines = [f"{letter}. {option}" for letter, option in zip(text.LETTERS, options, strict=False)]
     return "\n".join([question.text, *lines]), text.LETTERS[options.index(question.answer)]
+
+
+def retimed(question: Question, later: float, slower: float) -> Question:
+    """The question with every span that its answers tell as if the video had come `slower` times as slow, and `later`.
+
+    Whole seconds are mapped, and rounded once more.
+    """
+    if question.family != "when":
+        return question
+    spans = {choice: text.parse_span(choice) for choice in (question.answer, *question.choices)}
+    moved = {choice: text.span(*(later + slower * time for time in span)) for choice, span in spans.items()}
+    return dataclasses.replace(
+        question, answer=moved[question.answer], choices=tuple(moved[choice] for choice in question.choices)
+    )

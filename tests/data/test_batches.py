@@ -6,13 +6,13 @@ import grain
 import numpy as np
 import pytest
 
-from longvid_jax.data.batches import Batches, Example, Shapes, Shifts, batches_from, endless, mixed
+from longvid_jax.data.batches import Batches, Example, Shapes, batches_from, endless, mixed
 from longvid_jax.data.tokenizer import byte_tokenizer
 from longvid_jax.data.world import WorldSource
 from longvid_jax.errors import DataError, OptionError, VideoError
-from longvid_jax.video.synthetic import FAMILIES, World
+from longvid_jax.video.synthetic import FAMILIES, World, parse_span
 
-SHAPES = Shapes(frames=(4, 8, 16), text=(256, 1024, 4096), temporal=2, merged=28)
+SHAPES = Shapes(frames=(4, 8, 16, 32), text=(256, 1024, 4096), temporal=2, merged=28)
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +38,16 @@ def assert_same(one, other):
 
 
 def test_a_batch_depends_on_seed_and_number_alone(tokenizer):
-    shifts = Shifts(offset=50, stride=4)
-    alone = [make(tokenizer, WORLD, shifts=shifts)[b] for b in range(6)]
+    alone = [make(tokenizer, WORLD)[b] for b in range(6)]
     for workers in (1, 4):
-        ahead = batches_from(make(tokenizer, WORLD, shifts=shifts), 2, workers=workers)
+        ahead = batches_from(make(tokenizer, WORLD), 2, workers=workers)
         for expected in alone[2:]:
             got = next(ahead)
             assert got.index == expected.index
             assert [e.id for e in got.examples] == [e.id for e in expected.examples]
             assert_same(got.arrays, expected.arrays)
-    other = make(tokenizer, WORLD, seed=1, shifts=shifts)[2]
-    assert not np.array_equal(other.arrays["positions"], alone[2].arrays["positions"])
+    other = make(tokenizer, endless(WORLD, seed=4))[2]
+    assert [e.id for e in other.examples] != [e.id for e in alone[2].examples]
 
 
 def test_processes_share_a_batch(tokenizer):
@@ -72,8 +71,8 @@ def test_the_smallest_shape_in_which_all_fit(tokenizer):
         assert length == min(size for size in SHAPES.text if size >= used)
         seen.add((frames, length))
     assert len({frames for frames, _ in seen}) > 1
-    with pytest.raises(OptionError, match="clear/train/.* takes 18 frames, but the largest bucket has 16"):
-        make(tokenizer, WorldSource(count=5, seconds=(9.0,), questions=1))[0]
+    with pytest.raises(OptionError, match="clear/train/.* takes 34 frames, but the largest bucket has 32"):
+        make(tokenizer, WorldSource(count=5, seconds=(17.0,), questions=1))[0]
 
 
 def test_frames_are_the_worlds(tokenizer):
@@ -96,13 +95,23 @@ def test_letters(tokenizer):
     assert example.conversations == WorldSource(count=5, seconds=(16.0,), questions=7, letters=1.0)[3].conversations
 
 
-def test_shifts():
-    rng = np.random.default_rng(0)
-    drawn = [Shifts(offset=10, stride=3, plain=0.5).draw(rng, 5) for _ in range(400)]
-    plain = sum(np.array_equal(times, np.arange(5)) for times in drawn)
-    assert 150 < plain < 250
-    assert {int(times[0]) for times in drawn} == set(range(11))
-    assert {int(times[1] - times[0]) for times in drawn} == {1, 2, 3}
+def test_videos_stand_later_and_wider_apart_and_so_do_the_spans_told(tokenizer):
+    """Where a span begins to be shown, by its words, is the position of the patch that shows it."""
+    how = {"count": 300, "seconds": (16.0,), "families": ("when",), "questions": 2}
+    plain, source = WorldSource(**how), WorldSource(**how, offset=10, stride=3, plain=0.5)
+    moved = [source[i] for i in range(300)]
+    assert 100 < sum((e.offset, e.stride) == (0, 1) for e in moved) < 200
+    assert {e.offset for e in moved} == set(range(11)) and {e.stride for e in moved} == {1, 2, 3}
+    for i, example in enumerate(moved):
+        for (asked,), (as_it_is,) in zip(example.conversations, plain[i].conversations, strict=True):
+            assert asked[0] == as_it_is[0]
+            wanted = [example.offset + example.stride * second for second in parse_span(as_it_is[1])]
+            assert list(parse_span(asked[1])) == wanted
+    row = moved.index(next(e for e in moved if e.offset and e.stride == 3))
+    arrays = make(tokenizer, grain.MapDataset.source([moved[row]]), batch_size=1)[0].arrays
+    first = arrays["positions"][0][arrays["video_index"][0] == 0, 0] - moved[row].offset
+    times = arrays["positions"][0][arrays["video_index"][0] >= 0, 0] - first
+    assert sorted(set(times)) == [moved[row].offset + 3 * n for n in range(16)]
 
 
 class Broken:
