@@ -7,6 +7,9 @@ Variants: tiny, and smoke, which takes seconds and learns next to nothing: to se
 
 from longvid_jax.train.config import base, stage
 
+FPS = 2  # sampled frames a second, the source's own
+TEXT = tuple(range(96, 1537, 96))  # buckets of tokens
+
 TINY = {
     "model_type": "qwen2_vl",
     "hidden_size": 128,
@@ -23,7 +26,7 @@ TINY = {
     "vision_config": {
         "model_type": "qwen2_vl",
         "depth": 2,
-        "embed_dim": 64,
+        "embed_dim": 128,
         "hidden_size": 128,
         "num_heads": 4,
         "mlp_ratio": 2,
@@ -43,12 +46,22 @@ SMOKE = TINY | {
 }
 
 
+LONGEST = 512  # seconds: as far as positions go in training; the videos themselves have 16
+
+
 def get_config(variant: str = "tiny"):
     config = base()
+    config.optim.rule = "muon"
+    config.optim.lr = 3e-3
+    config.optim.b2 = 0.99
+    config.optim.floor = 0.02
     if variant == "smoke":
         config.model = SMOKE
-        config.stages = (_worlds(steps=4, batch_size=4, size=28, seconds=(2.0,), frames=(2, 4)),)
-        config.eval = _held_out(every=4, batches=1, batch_size=4, size=28, seconds=(2.0,), frames=(4,))
+        config.stages = (
+            _naming(steps=2, worlds=2, size=28),
+            _worlds(steps=4, batch_size=4, size=28, seconds=2.0, questions=4),
+        )
+        config.eval = _held_out(every=6, batches=1, batch_size=4, size=28, seconds=2.0)
         config.save.every = 2
         config.log_every = 1
         config.optim.warmup = 1
@@ -57,33 +70,37 @@ def get_config(variant: str = "tiny"):
         raise ValueError(f"there is no variant {variant!r}, but tiny and smoke")
     config.model = TINY
     config.stages = (
-        _worlds(steps=2000, batch_size=32, size=56, seconds=(2.0, 4.0), frames=(4, 8)),
-        _worlds(steps=4000, batch_size=32, size=56, seconds=(8.0, 16.0), frames=(16, 32)),
+        _naming(steps=3000, worlds=16),
+        _worlds(steps=300, batch_size=16, seconds=2.0, questions=6),
+        _worlds(steps=400, batch_size=12, seconds=4.0, questions=10),
+        _worlds(steps=400, batch_size=8, seconds=8.0, questions=14),
+        _worlds(steps=10000, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
     )
-    config.eval = _held_out(every=500, batches=8, batch_size=32, size=56, seconds=(16.0,), frames=(32,))
-    config.optim.warmup = 200
+    config.eval = _held_out(every=500, batches=12, batch_size=8, seconds=16.0)
+    config.save.every = 250
+    config.optim.warmup = 50
     return config
 
 
-def _worlds(steps: int, batch_size: int, size: int, seconds: tuple, frames: tuple):
-    source = {"kind": "world", "count": 1_000_000, "seconds": seconds, "size": (size, size), "questions": 8}
+def _naming(steps: int, worlds: int, size: int = 56):
+    """The vision tower learns colours and shapes, some moments of many worlds at a time."""
+    return stage(task="naming", steps=steps, batch_size=worlds, sources=({"kind": "moments", "size": (size, size)},))
+
+
+def _worlds(steps: int, batch_size: int, seconds: float, questions: int, size: int = 56, **positions):
+    source = {"kind": "world", "count": 10_000_000, "seconds": (seconds,), "size": (size, size), "questions": questions}
     return stage(
-        steps=steps,
-        batch_size=batch_size,
-        sources=(source,),
-        frames=frames,
-        text=(256, 512, 1024),
-        shifts={"offset": 512, "stride": 4, "plain": 0.5},
+        steps=steps, batch_size=batch_size, sources=(source | positions,), frames=(int(seconds * FPS),), text=TEXT
     )
 
 
-def _held_out(every: int, batches: int, batch_size: int, size: int, seconds: tuple, frames: tuple) -> dict:
-    source = {"kind": "world", "count": 1000, "split": "validation", "seconds": seconds, "size": (size, size)}
+def _held_out(every: int, batches: int, batch_size: int, seconds: float, size: int = 56) -> dict:
+    source = {"kind": "world", "count": 1000, "split": "validation", "seconds": (seconds,), "size": (size, size)}
     return {
         "every": every,
         "batches": batches,
         "batch_size": batch_size,
-        "sources": (source,),
-        "frames": frames,
-        "text": (512, 1024),
+        "sources": (source | {"questions": 14},),
+        "frames": (int(seconds * FPS),),
+        "text": TEXT,
     }

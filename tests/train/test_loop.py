@@ -6,14 +6,13 @@ import signal
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event
-from tests.train.runs import losses, lines, run, smoke
 
 from longvid_jax import convert
 from longvid_jax.checkpoint import Series
 from longvid_jax.errors import LongvidError, TrainError
 from longvid_jax.models.paths import leaves
+from tests.train.runs import lines, losses, run, smoke
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
