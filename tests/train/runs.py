@@ -6,11 +6,11 @@ from pathlib import Path
 from longvid_jax.train import config
 from longvid_jax.train.loop import train
 
+SMALLEST = str(Path(__file__).with_name("smallest.py"))
 
-def smoke(*overrides: str):
-    """Six steps of the smallest variant, saved at every second and judged at every third."""
-    given = ("--config.stages[0].steps=6", "--config.eval.every=3", *overrides)
-    return config.load("qwen2vl_world:smoke", given)
+
+def smallest(*overrides: str):
+    return config.load(SMALLEST, overrides)
 
 
 def run(config, folder: Path, **how) -> tuple[dict, list[str]]:

@@ -12,7 +12,7 @@ from longvid_jax import convert
 from longvid_jax.checkpoint import Series
 from longvid_jax.errors import LongvidError, TrainError
 from longvid_jax.models.paths import leaves
-from tests.train.runs import lines, losses, run, smoke
+from tests.train.runs import lines, losses, run, smallest
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("kept_programs")
 def whole(kept_programs, tmp_path_factory):
     """The folder of a run that was never stopped, and what it gave."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    result, said = run(smoke(), folder)
+    result, said = run(smallest(), folder)
     assert result["stopped"] is None and len(said) == 2, said
     return folder, result
 
@@ -91,7 +91,7 @@ def test_the_model_is_that_of_the_best_checkpoint(whole):
 def test_a_finished_run_stays_as_it_is(whole):
     folder, result = whole
     before = {file: file.stat().st_mtime_ns for file in (folder / "checkpoints").rglob("*")}
-    again, said = run(smoke(), folder)
+    again, said = run(smallest(), folder)
     assert said == [] and again["model"] == result["model"] and again["best"] == result["best"]
     assert {file: file.stat().st_mtime_ns for file in (folder / "checkpoints").rglob("*")} == before
 
@@ -113,7 +113,7 @@ def test_stopped_after_any_step_and_taken_up_again(whole, tmp_path):
     before = signal.getsignal(signal.SIGINT)
     steps, result = [], {"stopped": "SIGINT"}
     while result["stopped"]:
-        result, _ = run(smoke(), tmp_path / "run", progress=press_once())
+        result, _ = run(smallest(), tmp_path / "run", progress=press_once())
         assert signal.getsignal(signal.SIGINT) is before
         steps.append(result["step"])
         assert steps == sorted(set(steps)), steps
@@ -127,21 +127,21 @@ def test_a_second_ctrl_c_acts_at_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        run(smoke(), tmp_path / "run", progress=press)
+        run(smallest(), tmp_path / "run", progress=press)
 
 
 def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path):
-    result, _ = run(smoke(), tmp_path / "run", progress=press_once(at=4))
+    result, _ = run(smallest(), tmp_path / "run", progress=press_once(at=4))
     last = tmp_path / "run" / "checkpoints" / str(result["step"])
     for file in last.rglob("*.ocdbt"):
         file.write_bytes(b"damaged")
-    _, said = run(smoke(), tmp_path / "run")
+    _, said = run(smallest(), tmp_path / "run")
     assert f"the checkpoint of step {result['step']} cannot be read" in said[0]
     assert_same_run(tmp_path / "run", whole[0])
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
-    config = smoke("--config.optim.lr=1e30", "--config.save.every=1", "--config.optim.clip=1e30")
+    config = smallest("--config.optim.lr=1e30", "--config.save.every=1", "--config.optim.clip=1e30")
     with pytest.raises(TrainError, match=r"step \d has the loss .*clear/train/\d+, .*last good checkpoint is .* step"):
         run(config, tmp_path / "run")
     step = max(int(name) for name in os.listdir(tmp_path / "run" / "checkpoints"))
@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
 
 
 def test_a_trace_of_some_steps(whole, tmp_path):
-    run(smoke("--config.profile_steps=1:3"), tmp_path / "run")
+    run(smallest("--config.profile_steps=1:3"), tmp_path / "run")
     (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
     assert b"optimizer" in trace.read_bytes()
     assert_same_run(tmp_path / "run", whole[0])
@@ -159,8 +159,8 @@ def test_a_trace_of_some_steps(whole, tmp_path):
 def test_spread_over_a_mesh(whole, tmp_path):
     from longvid_jax.scale.mesh import make_mesh
 
-    mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
-    config = smoke("--config.eval.every=0")
+    mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
+    config = smallest("--config.eval.every=0")
     run(config, tmp_path / "run", mesh=mesh, progress=press_once())
     result, _ = run(config, tmp_path / "run", mesh=mesh)
     assert result["model"]
@@ -179,14 +179,14 @@ def test_spread_over_a_mesh(whole, tmp_path):
 )
 def test_a_folder_of_another_config(whole, overrides, fault):
     with pytest.raises(TrainError, match=fault):
-        run(smoke(*overrides), whole[0])
+        run(smallest(*overrides), whole[0])
 
 
 def test_a_folder_of_something_else(tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(TrainError, match="is not empty and no training's folder"):
-        run(smoke(), tmp_path)
+        run(smallest(), tmp_path)
     with pytest.raises(LongvidError, match=r"letter.txt .*another"):
-        run(smoke(), tmp_path / "letter.txt")
+        run(smallest(), tmp_path / "letter.txt")
     with pytest.raises(LongvidError, match=r"cannot be written .*give another"):
-        run(smoke(), tmp_path / "letter.txt" / "run")
+        run(smallest(), tmp_path / "letter.txt" / "run")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.train.runs import losses, run, smoke
+from tests.train.runs import losses, run, smallest
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -17,12 +17,11 @@ PROGRAM = """
 import json, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-from tests.train.runs import run, smoke
+from tests.train.runs import run, smallest
 from pathlib import Path
-run(smoke(*json.loads(sys.argv[2])), Path(sys.argv[1]))
+run(smallest(*json.loads(sys.argv[2])), Path(sys.argv[1]))
 """
-# A save of this many bytes takes long enough to be met.
-LARGE = ("--config.save.every=1", "--config.model.intermediate_size=3000", "--config.eval.every=6")
+OFTEN = ("--config.save.every=1",)
 
 
 def kill_while_saving(folder, cache, after: int) -> bool:
@@ -32,7 +31,7 @@ def kill_while_saving(folder, cache, after: int) -> bool:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM, folder, json.dumps(LARGE)], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, folder, json.dumps(OFTEN)], env=environment)
     while process.poll() is None:
         names = list((folder / "checkpoints").glob("*"))
         whole = [int(path.name) for path in names if path.name.isdigit()]
@@ -47,7 +46,7 @@ def kill_while_saving(folder, cache, after: int) -> bool:
     "kills", [1, pytest.param(4, marks=pytest.mark.slow)], ids=["one kill", "a kill behind each step"]
 )
 def test_the_checkpoint_before_is_found_and_used(kills, kept_programs, tmp_path):
-    config = smoke(*LARGE)
+    config = smallest(*OFTEN)
     run(config, tmp_path / "whole")
     left = [kill_while_saving(tmp_path / "killed", kept_programs, after) for after in range(1, kills + 1)]
     _, said = run(config, tmp_path / "killed")
