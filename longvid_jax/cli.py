@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from longvid_jax import cli_train
+from longvid_jax import cli_eval, cli_train
 from longvid_jax.errors import LongvidError, OptionError, VideoWarning
+from longvid_jax.evaluate import options
 from longvid_jax.terminal import keep_compiled, print_json, printable, progress, say
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # what shells give for SIGINT and SIGPIPE
@@ -76,6 +77,8 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     cli_train.add_arguments(_command(commands, "train", cli_train.run, "train a model, or go on with it"))
 
+    cli_eval.add_arguments(_command(commands, "eval", cli_eval.run, "measure how often a model's answers are right"))
+
     inspect = _command(commands, "inspect", _inspect, "show what is in a checkpoint, from its headers alone")
     inspect.add_argument("path", metavar="PATH", help="converted folder, Hugging Face folder or hub id (is fetched)")
     inspect.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
@@ -115,18 +118,6 @@ class _Version(argparse.Action):
 
 # --- ask --------------------------------------------------------------------------------------------------------------
 
-METHOD_OPTIONS = {  # of the command line -> of lv.ReTaKe
-    "keep_ratio": "keep_ratio",
-    "budget": "budget",
-    "chunk_frames": "chunk_frames",
-    "dpselect": "dpselect",
-    "dpselect_ratio": "dpselect_ratio",
-    "pivots": "pivots",
-    "no_reforge": "reforge",
-    "yarn_factor": "yarn_factor",
-    "prompt_guided": "prompt_guided",
-}
-
 
 def _ask_arguments(ask: argparse.ArgumentParser) -> None:
     ask.add_argument("video", metavar="VIDEO", help="a video file, or a folder of images")
@@ -147,20 +138,7 @@ def _ask_arguments(ask: argparse.ArgumentParser) -> None:
         "--long-side", type=int, metavar="PX", help="pixels of the longer side (default: Qwen's rule)"
     )
 
-    # Defaults are ReTaKe's own and stay None here, so that what was given can be told from what was not.
-    method = ask.add_argument_group("what is kept (arXiv 2412.20504)")
-    method.add_argument("--method", choices=("retake", "none"), default="retake", help="none: all (default: retake)")
-    method.add_argument("--keep-ratio", type=float, metavar="F", help="share of the video tokens (default: 0.25), or")
-    method.add_argument("--budget", type=int, metavar="N", help="tokens of text and video together")
-    method.add_argument("--chunk-frames", type=int, metavar="N", help="frames read at a time (default: 32)")
-    method.add_argument("--dpselect", choices=("patch", "frame", "none"), help="key frames' unit (default: patch)")
-    method.add_argument("--dpselect-ratio", type=float, metavar="F", help="share that passes DPSelect (default: 1)")
-    method.add_argument("--pivots", choices=("mean", "always"), help="key frames' score (default: mean)")
-    method.add_argument(
-        "--no-reforge", action="store_true", default=None, help="leave kept tokens where they were in time"
-    )
-    method.add_argument("--yarn-factor", type=float, metavar="F", help="stretch the model's context by YaRN")
-    method.add_argument("--prompt-guided", action="store_true", default=None, help="keep what the question attends to")
+    options.add_method(ask)
 
     decoding = ask.add_argument_group("the answer")
     decoding.add_argument("--max-new-tokens", type=int, metavar="N", default=128, help="at most (default: 128)")
@@ -178,7 +156,7 @@ def _ask(arguments: argparse.Namespace) -> None:
     from longvid_jax import convert
     from longvid_jax.evaluate.ask import ask
 
-    method = _method(arguments)
+    method = options.method(arguments)
     draw = _timeline(arguments.plot) if arguments.plot else None
     video = lv.Video(
         arguments.video,
@@ -229,25 +207,6 @@ def _ask(arguments: argparse.Namespace) -> None:
         f"{trace['frames']} frames became {trace['tokens']:,} tokens, {trace['tokens_kept']:,} of which were kept: "
         f"{trace['cache_bytes'] / 1e6:,.1f} MB of cache instead of {trace['cache_bytes_uncompressed'] / 1e6:,.1f} MB"
     )
-
-
-def _method(arguments: argparse.Namespace):
-    from longvid_jax import ReTaKe
-
-    given = {name: value for name in METHOD_OPTIONS if (value := getattr(arguments, name)) is not None}
-    if arguments.method == "none":
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise OptionError(f"--method none keeps everything, so {flags} cannot be used with it; leave one out.")
-        return None
-    choices = {METHOD_OPTIONS[name]: value for name, value in given.items()}
-    if "no_reforge" in given:
-        choices["reforge"] = False
-    if choices.get("dpselect") == "none":
-        choices["dpselect"] = None
-    if "budget" not in choices:
-        choices.setdefault("keep_ratio", 0.25)
-    return ReTaKe(**choices)
 
 
 def _timeline(path: str):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from longvid_jax.memory.dpselect import Lookback
+from longvid_jax.ops import kv_cache
 from longvid_jax.ops.kv_cache import KVCache
 
 
@@ -75,3 +76,15 @@ class RetakeMemory:
 def fork(memory):
     """A copy of a memory (or of any pytree of arrays) that lives on when the other is consumed."""
     return jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array | np.ndarray) else x, memory)
+
+
+def rows(memory: RetakeMemory, indices) -> RetakeMemory:
+    """A memory of its own of these rows int [n] of the batch, in this order, any of them several times.
+
+    So several questions about each of several videos are answered together, one a row.
+    """
+    indices = np.asarray(indices)
+    rest = dataclasses.replace(memory, cache=None, grid=None)
+    taken = jax.tree.map(lambda x: x[indices] if x.ndim else x.copy(), rest)
+    cache = kv_cache.take_rows(memory.cache, indices, taken.offset)
+    return dataclasses.replace(taken, cache=cache, grid=memory.grid.copy())

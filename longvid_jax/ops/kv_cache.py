@@ -93,6 +93,24 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
     )
 
 
+def take_rows(cache: KVCache, rows: np.ndarray, offset: int) -> KVCache:
+    """A cache of these rows int [n] of the batch, in this order, any of them several times; they fill it to `offset`."""
+    axis = 0 if isinstance(cache.keys, tuple) else 1
+
+    def take(buffer):
+        return jax.tree.map(lambda x: jnp.take(x, rows, axis=axis), buffer)
+
+    return KVCache(
+        keys=take(cache.keys),
+        values=take(cache.values),
+        positions=take(cache.positions),
+        source=take(cache.source),
+        valid=cache.valid[rows],
+        last=cache.last[:, rows],
+        offset=jnp.int32(offset),
+    )
+
+
 def read(buffer, layer, length: int) -> jax.Array:
     """The first `length` tokens of one layer."""
     if isinstance(buffer, tuple):

@@ -122,14 +122,16 @@ class RetakeModel:
         *,
         video: Video | Sequence[Video] | None = None,
         expected_frames: int | Sequence[int] | None = None,
+        frame_size: tuple[int, int] | None = None,
     ) -> RetakeMemory:
         """An empty memory for watching with this question in mind; lists make a batch.
 
-        The length of the video, from `video` or `expected_frames` (sampled frames), sizes the cache; a budget needs it.
+        The length of the video, from `video` or `expected_frames` (sampled frames) and frame_size (height and width of
+        the frames that `watch` will get), sizes the cache; a budget needs the length.
         """
         instructions = [instruction] if isinstance(instruction, str) else list(instruction)
         before, behind = zip(*map(self._prompt, instructions), strict=True)
-        grid = None
+        grid = None if frame_size is None else self._grid(frame_size)
         if video is not None:
             videos = [video] if isinstance(video, Video) else list(video)
             if len(videos) != len(instructions):
@@ -157,6 +159,18 @@ class RetakeModel:
             waiting = jax.tree.map(lambda x: x[:, self.window :], waiting)
         return dataclasses.replace(memory, waiting=waiting if waiting.valid.shape[1] else None)
 
+    def finish(self, memory: RetakeMemory) -> RetakeMemory:
+        """The memory with nothing held back: the last frames, fewer than a window, are encoded and all is read.
+
+        `answer` does this to a copy each time; done once before many questions it saves that. Consumes the memory.
+        """
+        if memory.waiting is not None:
+            short = self.window - memory.waiting.valid.shape[1]
+            window = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2)), memory.waiting)
+            memory = self._look(dataclasses.replace(memory, waiting=None), window)
+        with self._reader.on_mesh():
+            return self._reader.finish(memory)
+
     # --- answering ----------------------------------------------------------------------------------------------------
 
     def answer(
@@ -173,7 +187,7 @@ class RetakeModel:
 
         Another `instruction` than begin's is an InstructionError where compression was guided by the prompt.
         """
-        finished = self._finish(fork(memory))
+        finished = self.finish(fork(memory))
         return self._answer(
             finished, instruction, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
         )
@@ -212,7 +226,7 @@ class RetakeModel:
                 memory = self.watch(memory, frames)
                 if progress is not None:
                     progress(int(frames.valid.sum()))
-            memory = done(self._finish(memory))
+            memory = done(self.finish(memory))
         answers = []
         for each in [questions] if batched else questions:
             with _timed(seconds, "answer") as done:
@@ -315,15 +329,6 @@ class RetakeModel:
         if features:
             memory = reader.read_all(memory, features, memory.expected, np.repeat(unknown, len(features), axis=1))
         return dataclasses.replace(memory, frames=memory.expected * self.model.config.vision.temporal)
-
-    def _finish(self, memory: RetakeMemory) -> RetakeMemory:
-        """The memory with nothing held back: the last frames, fewer than a window, are encoded and all is read."""
-        if memory.waiting is not None:
-            short = self.window - memory.waiting.valid.shape[1]
-            window = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2)), memory.waiting)
-            memory = self._look(dataclasses.replace(memory, waiting=None), window)
-        with self._reader.on_mesh():
-            return self._reader.finish(memory)
 
     def _answer(self, memory: RetakeMemory, instruction: str | Sequence[str] | None, **decoding) -> Answer:
         """Answers from a finished memory, which is consumed."""

@@ -76,7 +76,9 @@ def test_interval_is_scipys():
 def test_questions_of_a_video_stay_together():
     values = np.random.default_rng(0).random(50) < 0.5
     alone = interval(values, np.arange(50))
-    assert interval(np.repeat(values, 8), np.repeat(np.arange(50), 8)) == pytest.approx(alone)  # copies tell nothing new
+    assert interval(np.repeat(values, 8), np.repeat(np.arange(50), 8)) == pytest.approx(
+        alone
+    )  # copies tell nothing new
     apart = interval(np.repeat(values, 8), np.arange(400))
     assert apart[1] - apart[0] < 0.5 * (alone[1] - alone[0])
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import longvid_jax as lv
+from longvid_jax.memory.state import rows
 from longvid_jax.ops.topk import compact
 from tests.systems import golden
 
@@ -57,7 +58,7 @@ def watch(model, questions, videos, window=6, **begin):
 
 def logits_after(model, memory):
     """The logits of the first tokens of an answer, through the machine that answer() runs on."""
-    finished = model._finish(lv.fork(memory))
+    finished = model.finish(lv.fork(memory))
     with model._reader.on_mesh():
         out, _ = model._decode(finished, memory.prompt, max_new_tokens=4, keep_logits=True)
     return np.asarray(out.logits)
@@ -83,6 +84,26 @@ def test_a_batch_of_lengths_is_each_alone(load, pixels, choices):
     for row, (video, question) in enumerate(zip(videos, questions, strict=True)):
         alone = logits_after(model, watch(model, [question], [video], window=7))
         np.testing.assert_allclose(together[row], alone[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("choices", [CHOICES[name] for name in ("patch", "drop", "not reforged")])
+def test_rows_of_a_memory_are_each_alone(load, pixels, choices, finished):
+    """Rows that are chosen, turned round and repeated: where the longest is left out, what was allotted to it goes."""
+    model, videos = load(**choices), [pixels, pixels[5:14], pixels[20:23]]
+    memory = watch(model, [QUESTION, "t9", "t11 t12"], videos, window=4)
+    whole = logits_after(model, memory)
+    memory = model.finish(memory) if finished else memory
+    chosen = rows(memory, [2, 1, 2])
+    assert chosen.offset == int(chosen.cache.offset) < memory.offset
+    np.testing.assert_allclose(logits_after(model, chosen), whole[[2, 1, 2]], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits_after(model, memory), whole, atol=1e-5, rtol=0)  # it stays
+
+
+def test_frame_size_makes_room_from_the_start(load, pixels):
+    model = load(keep_ratio=1.0)
+    known = model.begin(QUESTION, expected_frames=480, frame_size=pixels.shape[1:3])
+    assert known.cache.capacity > 480 / 2 * 6 > model.begin(QUESTION, expected_frames=480).cache.capacity
 
 
 def test_padding_on_either_side_changes_nothing(load):
