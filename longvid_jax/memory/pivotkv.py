@@ -56,23 +56,28 @@ def compress(
     pivots: str = "mean",
     reforged: bool = True,
     query_valid: jax.Array | None = None,
+    random: jax.Array | None = None,
 ):
     """A `select` for ops.kv_cache.attention that stores the best `count` [B] tokens of each chunk.
 
     valid and is_pivot bool [B, C]. With query_valid [B, N - C] the block's tokens behind the first C are the prompt:
-    they score and are not stored.
+    they score and are not stored. With a random key tokens are drawn, other ones in each layer, and nothing is scored.
     """
     chunk = valid.shape[1]
     total = valid.sum(-1, dtype=jnp.int32)
 
-    def select(q, k, v, positions, rope: Rope) -> tuple[Block, jax.Array]:
-        chunk_k, chunk_v, chunk_positions = k[:, :, :chunk], v[:, :, :chunk], positions[:, :chunk]
-        scoring_q = q if query_valid is None else q[:, :, chunk:]
-        scored_q, scored_k = scoring_q, chunk_k
+    def importance(q, k, positions, rope: Rope, layer) -> jax.Array:
+        if random is not None:
+            return jax.random.uniform(jax.random.fold_in(random, layer), valid.shape)
+        scored_q, scored_k = q if query_valid is None else q[:, :, chunk:], k[:, :, :chunk]
         if not reforged:  # the authors' code undoes the rotation only where positions are re-forged
-            scored_q = rope(scoring_q, positions if query_valid is None else positions[:, chunk:])
-            scored_k = rope(chunk_k, chunk_positions)
-        kept = keep(scores(scored_q, scored_k, valid, query_valid), is_pivot, count, valid, pivots=pivots)
+            scored_q = rope(scored_q, positions if query_valid is None else positions[:, chunk:])
+            scored_k = rope(scored_k, positions[:, :chunk])
+        return scores(scored_q, scored_k, valid, query_valid)
+
+    def select(q, k, v, positions, rope: Rope, layer) -> tuple[Block, jax.Array]:
+        chunk_k, chunk_v, chunk_positions = k[:, :, :chunk], v[:, :, :chunk], positions[:, :chunk]
+        kept = keep(importance(q, k, positions, rope, layer), is_pivot, count, valid, pivots=pivots)
         at = kept.indices
         new_positions = jnp.take_along_axis(chunk_positions, at[..., None], axis=1)
         if reforged:

@@ -48,9 +48,9 @@ class Block(NamedTuple):
     source: jax.Array  # int32 [B, N]
 
 
-# Chooses what is stored: select(q, k, v, positions, rope), with q [B, H, N, D] and k, v [B, K, N, D] not rotated yet,
-# gives a Block and how many of its entries are real, int32 [B].
-Select = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Rope], tuple[Block, jax.Array]]
+# Chooses what is stored: select(q, k, v, positions, rope, layer), with q [B, H, N, D] and k, v [B, K, N, D] not rotated
+# yet and the layer's number, gives a Block and how many of its entries are real, int32 [B].
+Select = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, Rope, int | jax.Array], tuple[Block, jax.Array]]
 
 
 def empty(
@@ -94,7 +94,7 @@ def grow(cache: KVCache, capacity: int) -> KVCache:
 
 
 def take_rows(cache: KVCache, rows: np.ndarray, offset: int) -> KVCache:
-    """A cache of these rows int [n] of the batch, in this order, any of them several times; they fill it to `offset`."""
+    """A cache of these rows int [n] of the batch, in this order, any of them several times, filled to `offset`."""
     axis = 0 if isinstance(cache.keys, tuple) else 1
 
     def take(buffer):
@@ -160,7 +160,7 @@ def attention(
         source = jnp.where(valid, jnp.arange(valid.shape[1]), -1)
         block, count = Block(rotated_k, v, positions, source), valid.sum(-1, dtype=jnp.int32)
     else:
-        block, count = select(q, k, v, positions, rope)
+        block, count = select(q, k, v, positions, rope, layer)
     end = jnp.take_along_axis(block.positions[..., 0], jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
     offset = _once_known(context, cache.offset)
     return context, dataclasses.replace(

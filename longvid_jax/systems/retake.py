@@ -38,6 +38,7 @@ class ReTaKe:
     pivots: "mean" gives them the average score, as in the authors' code; "always" keeps them first, as in the paper.
     reforge: kept tokens move together in time (section 3.3). yarn_factor: YaRN for contexts beyond the trained length.
     prompt_guided: the question's tokens score, instead of the chunk's own; then a memory answers that question only.
+    scores: "attention", or "random" to compare with: tokens are drawn (with `seed`, others in each row of a batch).
     """
 
     keep_ratio: float | None = None
@@ -49,6 +50,8 @@ class ReTaKe:
     reforge: bool = True
     yarn_factor: float | None = None
     prompt_guided: bool = False
+    scores: str = "attention"
+    seed: int = 0
 
     def __post_init__(self):
         if (self.keep_ratio is None) == (self.budget is None):
@@ -71,6 +74,10 @@ class ReTaKe:
             raise OptionError("dpselect_ratio below 1 drops frames, which needs dpselect='frame' or 'patch'.")
         if self.pivots not in ("mean", "always"):
             raise OptionError(f"pivots is {self.pivots!r}, but must be 'mean' or 'always'.")
+        if self.scores not in ("attention", "random"):
+            raise OptionError(f"scores is {self.scores!r}, but must be 'attention' or 'random'.")
+        if self.scores == "random" and (self.dpselect is not None or self.prompt_guided):
+            raise OptionError("scores='random' looks at nothing; give dpselect=None and prompt_guided=False with it.")
         if self.yarn_factor is not None and self.yarn_factor < 1:
             raise OptionError(f"yarn_factor is {self.yarn_factor}, but must be at least 1.")
 

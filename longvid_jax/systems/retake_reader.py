@@ -164,11 +164,18 @@ class Reader:
             memory.read,
             kept,
             memory.prompt if self.method.prompt_guided else None,
+            self._random(memory),
             grid=tuple(memory.grid.tolist()),
             static=self.static,
         )
         line = Chunk(np.array(memory.offset), patches, kept, chunk.times, chunk.share, chunk.change)
         return dataclasses.replace(memory, cache=cache, read=memory.read + patches, chunks=(*memory.chunks, line))
+
+    def _random(self, memory: RetakeMemory) -> jax.Array | None:
+        """The key of the next chunk's draws, where tokens are drawn."""
+        if self.method.scores == "attention":
+            return None
+        return jax.random.fold_in(jax.random.key(self.method.seed), len(memory.chunks))
 
     def check_length(self, before: int, behind: int, max_new_tokens: int, video: int = 0) -> None:
         """Raises PromptError where text, video (positions in time) and answer exceed the positions the model counts."""

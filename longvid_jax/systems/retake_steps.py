@@ -99,6 +99,7 @@ def read_chunk(
     time: jax.Array,
     count: jax.Array,
     prompt: jax.Array | None,
+    random: jax.Array | None = None,
     *,
     grid: tuple[int, int],
     static: Static,
@@ -108,7 +109,7 @@ def read_chunk(
     features [B, T, N, D] of which `patches` [B] temporal patches are real; peak bool [B, T] or [B, T, N]; the chunk's
     first patch stands at position start + time (both [B]). grid is (rows, columns) of tokens, N = rows * columns.
     prompt int32 [B, S] (-1: none) are the tokens that score where compression is guided by the prompt; they are not
-    stored.
+    stored. random is a key where tokens are drawn instead of scored.
     """
     batch, length, tokens, width = features.shape
     chunk = length * tokens
@@ -129,7 +130,7 @@ def read_chunk(
         if static.dpselect:
             pivot = peak.reshape(batch, chunk) if peak.ndim == 3 else jnp.repeat(peak, tokens, axis=1)
         select = pivotkv.compress(
-            count, valid, pivot, pivots=static.pivots, reforged=static.reforge, query_valid=query_valid
+            count, valid, pivot, pivots=static.pivots, reforged=static.reforge, query_valid=query_valid, random=random
         )
     x = constrain(x, BATCH)
     _, cache = model.text(x, positions, all_valid, cache, follow="time" if static.reforge else None, select=select)

@@ -176,7 +176,7 @@ def test_a_chunk_is_compressed_as_in_numpy_each_row_for_itself(pivots, guided, r
     @jax.jit
     def run(q, k, v, positions, count, valid, is_pivot, query_valid):
         select = pivotkv.compress(count, valid, is_pivot, pivots=pivots, reforged=reforged, query_valid=query_valid)
-        return select(q, k, v, positions, ROPE)
+        return select(q, k, v, positions, ROPE, 0)
 
     block, kept_count = run(q, k, v, positions, np.array(counts), valid, is_pivot, query_valid)
     np.testing.assert_array_equal(kept_count, counts)
@@ -195,3 +195,26 @@ def test_a_chunk_is_compressed_as_in_numpy_each_row_for_itself(pivots, guided, r
         np.testing.assert_array_equal(block.positions[row, :count], moved)
         np.testing.assert_array_equal(block.v[row, :, :count], v[row][:, at])
         np.testing.assert_allclose(block.k[row, :, :count], numpy_rope(k[row][:, at], moved), atol=1e-5, rtol=0)
+
+
+def test_random_tokens_are_drawn_fairly_and_again():
+    """As many as are asked for, of the valid ones, each equally often; others by row and layer, the same by key."""
+    rows, chunk, count = 400, 12, 4
+    q, k = normal(rows, HEADS, chunk, WIDTH), normal(rows, KV_HEADS, chunk, WIDTH)
+    valid = np.broadcast_to(np.arange(chunk) < 9, (rows, chunk))
+    positions = np.broadcast_to(grid_positions(3, 2, 2, 5), (rows, chunk, 3))
+
+    @jax.jit
+    def draw(seed, layer):
+        select = pivotkv.compress(np.full(rows, count), valid, None, random=jax.random.key(seed))
+        block, kept_count = select(q, k, k, positions, ROPE, layer)
+        return block.source, kept_count
+
+    source, kept_count = draw(0, 0)
+    np.testing.assert_array_equal(kept_count, count)
+    assert (np.diff(source[:, :count]) > 0).all() and (source[:, count:] == -1).all()
+    often = np.bincount(np.asarray(source)[:, :count].ravel(), minlength=chunk)
+    assert (often[9:] == 0).all() and np.abs(often[:9] / rows - count / 9).max() < 0.1  # 4 standard deviations
+    np.testing.assert_array_equal(draw(0, 0)[0], source)
+    for other in (draw(1, 0)[0], draw(0, 1)[0], np.roll(source, 1, axis=0)):
+        assert (np.asarray(other) != source).any(1).mean() > 0.9

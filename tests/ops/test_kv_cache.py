@@ -170,7 +170,7 @@ def test_what_select_stores_is_what_is_attended_later():
     kept, count = np.array([[1, 2, 6, 0], [0, 5, 3, 4]]), np.array([3, 2])
     first, later = ([RNG.normal(size=(2, h, n, 8)).astype(np.float32) for h in (4, 2, 2)] for n in (8, 5))
 
-    def select(q, k, v, positions, rope):
+    def select(q, k, v, positions, rope, layer):
         at = kept[:, None, :, None]
         k, v = jnp.take_along_axis(rope(k, positions), at, axis=2), jnp.take_along_axis(v, at, axis=2)
         positions = jnp.take_along_axis(positions, kept[..., None], axis=1)

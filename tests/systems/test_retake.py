@@ -100,6 +100,21 @@ def test_rows_of_a_memory_are_each_alone(load, pixels, choices, finished):
     np.testing.assert_allclose(logits_after(model, memory), whole, atol=1e-5, rtol=0)  # it stays
 
 
+def test_random_scores_take_no_more_and_no_less(load, pixels):
+    """The cache is as long as with attention's scores, but holds other tokens, by seed, layer and chunk."""
+    choices = {"keep_ratio": 0.5, "dpselect": None}
+    scored = load(**choices).answer(watch(load(**choices), QUESTION, [pixels]), max_new_tokens=2).trace
+    drawn = []
+    for seed in (0, 0, 1):
+        model = load(**choices, scores="random", seed=seed)
+        drawn.append(model.answer(watch(model, QUESTION, [pixels]), max_new_tokens=2).trace)
+        assert drawn[-1].cache_length == scored.cache_length
+    one, again, other = ([np.concatenate(layer, axis=1)[0] for layer in trace.kept] for trace in drawn)
+    np.testing.assert_array_equal(one, again)
+    assert not np.array_equal(one[0], other[0]) and not np.array_equal(one[0], one[1])
+    assert not np.array_equal(drawn[0].kept[0][0], drawn[0].kept[0][1])
+
+
 def test_frame_size_makes_room_from_the_start(load, pixels):
     model = load(keep_ratio=1.0)
     known = model.begin(QUESTION, expected_frames=480, frame_size=pixels.shape[1:3])
@@ -314,6 +329,9 @@ def test_trace_counts_bytes(load, pixels):
         ({"keep_ratio": 0.5, "dpselect": None, "dpselect_ratio": 0.5}, "needs dpselect"),
         ({"keep_ratio": 0.5, "pivots": "max"}, "'mean' or 'always'"),
         ({"keep_ratio": 0.5, "yarn_factor": 0.5}, "yarn_factor"),
+        ({"keep_ratio": 0.5, "scores": "best"}, "'attention' or 'random'"),
+        ({"keep_ratio": 0.5, "scores": "random"}, "looks at nothing"),
+        ({"keep_ratio": 0.5, "scores": "random", "dpselect": None, "prompt_guided": True}, "looks at nothing"),
     ],
 )
 def test_options_that_do_not_go(choices, says):
