@@ -8,15 +8,15 @@ Variants: tiny, and smoke, which takes seconds and learns next to nothing: to se
 from longvid_jax.train.config import base, stage
 
 FPS = 2  # sampled frames a second, the source's own
-TEXT = tuple(range(96, 1537, 96))  # buckets of tokens
+TEXT = tuple(range(64, 1537, 64))  # buckets of tokens
 
 TINY = {
     "model_type": "qwen2_vl",
     "hidden_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "intermediate_size": 384,
+    "intermediate_size": 256,
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 32768,
@@ -72,9 +72,10 @@ def get_config(variant: str = "tiny"):
     config.stages = (
         _naming(steps=3000, worlds=16),
         _worlds(steps=300, batch_size=16, seconds=2.0, questions=6),
-        _worlds(steps=400, batch_size=12, seconds=4.0, questions=10),
-        _worlds(steps=400, batch_size=8, seconds=8.0, questions=14),
-        _worlds(steps=10000, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
+        _worlds(steps=500, batch_size=12, seconds=4.0, questions=10),
+        _worlds(steps=700, batch_size=8, seconds=8.0, questions=14),
+        _worlds(steps=2500, batch_size=8, seconds=16.0, questions=14),
+        _worlds(steps=7000, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
     )
     config.eval = _held_out(every=500, batches=12, batch_size=8, seconds=16.0)
     config.save.every = 250

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
-from longvid_jax.data.packing import Turns, pack, packed_length, tokenize
+from longvid_jax.data.packing import Turns, pack, packed_length, sizes, tokenize
 from longvid_jax.errors import DataError, LongvidError, OptionError, VideoError
 
 
@@ -28,8 +28,8 @@ class Example:
 class Batch:
     """What a training step takes, and what the host knows of it.
 
-    arrays: as data.packing.pack gives them with a leading axis of rows, and frames uint8 [B, F, H, W, 3]. Only this
-    process's rows.
+    arrays: as data.packing.pack gives them with a leading axis of rows, frames uint8 [B, F, H, W, 3], only this
+    process's rows; and packed, what data.packing.sizes gives, which holds no arrays.
     """
 
     index: int
@@ -110,7 +110,8 @@ class Batches:
                 arrays["weights"][:] = 0
             packed.append(arrays)
         stacked = {name: np.stack([arrays[name] for arrays in packed]) for name in packed[0]}
-        return Batch(b, {**stacked, "frames": pixels}, tuple(examples), undecodable)
+        known = sizes(turns, int(np.prod(grid)), stacked["tokens"].shape[1])
+        return Batch(b, {**stacked, "frames": pixels, "packed": known}, tuple(examples), undecodable)
 
     def _shape(self, examples: Sequence[Example], turns: Sequence[list[Turns]]) -> tuple[int, int, tuple[int, int]]:
         """Frames, tokens of text, and (H, W) of a batch."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from longvid_jax.data.chat import QWEN2_VL_TEMPLATE
 from longvid_jax.errors import PromptError
+from longvid_jax.ops.attention import SEGMENT, Packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,14 @@ def _write(tokenizer, messages: list[dict], add_generation_prompt: bool = False)
 def packed_length(turns: Sequence[Turns], video_tokens: int) -> int:
     """Tokens that `pack` needs for conversations about one video."""
     return len(turns[0].before) + video_tokens + sum(len(turn.ids) for turn in turns)
+
+
+def sizes(rows: Sequence[Sequence[Turns]], video_tokens: int, length: int) -> Packed | None:
+    """What a program may know of the rows of a batch, each packed into `length` tokens; None where it does not pay."""
+    prefix = max(len(turns[0].before) for turns in rows) + video_tokens
+    longest = max(len(turn.ids) for turns in rows for turn in turns)
+    longest = -(-longest // SEGMENT) * SEGMENT  # few different programs
+    return Packed(prefix, longest) if 3 * longest <= length - prefix else None
 
 
 def pack(

@@ -9,7 +9,7 @@ from flax import nnx
 from longvid_jax.errors import CheckpointError
 from longvid_jax.models.layers import Linear, RMSNorm, normal, repeat
 from longvid_jax.ops import kv_cache
-from longvid_jax.ops.attention import Keys, attend
+from longvid_jax.ops.attention import Keys, Packed, attend, attend_packed
 from longvid_jax.ops.layers import layers, rematerialised
 from longvid_jax.ops.rope import Rope
 
@@ -139,6 +139,7 @@ class Decoder(nnx.Module):
         cache: kv_cache.KVCache | None = None,
         *,
         groups: jax.Array | None = None,
+        packed: Packed | None = None,
         remat: bool | str = False,
         follow: str | None = None,
         select: kv_cache.Select | None = None,
@@ -146,9 +147,10 @@ class Decoder(nnx.Module):
         """Hidden states [B, N, width] of embeddings x [B, N, width] at positions int32 [B, N, A], and the cache.
 
         valid bool [B, N]. Without a cache this is plain causal attention, within groups int32 [B, N] if they are given
-        (and to group 0, which all see: several conversations about one video); remat as in
-        ops.layers.rematerialised. With one, the tokens also attend to all that it holds and are stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the
-        cache on with ops.kv_cache.advance.
+        (and to group 0, which all see: several conversations about one video; packed: what is known of their sizes, for
+        speed); remat as in ops.layers.rematerialised. With one, the tokens also attend to all that it holds and are
+        stored in it (see ops.kv_cache.attention for `follow` and `select`); the caller then moves the cache on with
+        ops.kv_cache.advance.
         """
         rope = self.config.rope
 
@@ -157,7 +159,8 @@ class Decoder(nnx.Module):
             q, k, v = layer.attention.project(layer.attention_norm(x))
             if cache is None:
                 keys = Keys(rope(k, positions), v, valid, causal=True, groups=groups)
-                context = attend(rope(q, positions), keys, groups=groups)
+                q = rope(q, positions)
+                context = attend(q, keys, groups=groups) if packed is None else attend_packed(q, keys, packed)
             else:
                 context, cache = kv_cache.attention(
                     cache, index, q, k, v, positions=positions, valid=valid, rope=rope, follow=follow, select=select

@@ -14,7 +14,7 @@ from flax import nnx
 from longvid_jax.errors import CheckpointError
 from longvid_jax.models.layers import LayerNorm, Linear, repeat
 from longvid_jax.models.llama import Decoder, DecoderConfig
-from longvid_jax.ops.attention import Keys, attend
+from longvid_jax.ops.attention import Keys, Packed, attend
 from longvid_jax.ops.layers import layers, rematerialised
 from longvid_jax.ops.rope import rotate_half
 
@@ -191,11 +191,12 @@ class Qwen2VL(nnx.Module):
         patches: jax.Array,
         grid: tuple[int, int],
         *,
+        packed: Packed | None = None,
         remat: bool | str = False,
     ) -> jax.Array:
         """Hidden states [B, N, width] of whole sequences with a video in each: the forward pass of training.
 
-        tokens int32 [B, N] at positions int32 [B, N, 3]; groups int32 [B, N] as for the decoder, -1 for padding;
+        tokens int32 [B, N] at positions int32 [B, N, 3]; groups int32 [B, N] and packed as for the decoder;
         video_index int32 [B, N]: which of the video's tokens stands here, -1 for text; patches [B, T, P, inputs] of
         T temporal patches on a grid of (rows, columns) of patches.
         """
@@ -204,4 +205,4 @@ class Qwen2VL(nnx.Module):
         text = self.text.embed(tokens)
         video = jnp.take_along_axis(features, jnp.maximum(video_index, 0)[..., None], axis=1)
         x = jnp.where(video_index[..., None] >= 0, video.astype(text.dtype), text)
-        return self.text(x, positions, groups >= 0, groups=groups, remat=remat)[0]
+        return self.text(x, positions, groups >= 0, groups=groups, packed=packed, remat=remat)[0]

@@ -4,6 +4,7 @@ Queries are walked in blocks, so that the largest temporary is [heads, block, ke
 and softmax are float32, products run in the arrays' dtype with float32 accumulation.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 
 # Logits of one block of queries may take this many bytes (float32, all rows and heads together).
 BLOCK_BYTES = 64 << 20
+SEGMENT = 32  # queries behind a shared prefix that are taken together
 
 
 class Keys(NamedTuple):
@@ -44,6 +46,72 @@ def attend(q: jax.Array, *runs: Keys, groups: jax.Array | None = None, scale: fl
     grouped = q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
     out = _over_blocks(block, grouped, sum(run.k.shape[2] for run in runs), groups)
     return out.reshape(q.shape)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """What is known of sequences in which conversations stand behind what they share: sizes for a program's shapes."""
+
+    prefix: int  # all tokens of group 0 are among the first so many
+    longest: int  # tokens of a conversation, which stand next to each other, at most
+
+
+def attend_packed(q: jax.Array, keys: Keys, packed: Packed, scale: float | None = None) -> jax.Array:
+    """What attend(q, keys, groups=keys.groups) gives for causal self-attention -> [B, H, N, D].
+
+    A query looks at the prefix and at the `longest` tokens up to it only, which is all that it sees: the work grows
+    with the conversations' number and not with its square. Padding gets finite, meaningless values.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    prefix = packed.prefix
+    if q.shape[2] - prefix <= SEGMENT:
+        return attend(q, keys, groups=keys.groups, scale=scale)
+    k, v, valid, _, groups = keys
+    first = Keys(k[:, :, :prefix], v[:, :, :prefix], valid[:, :prefix], groups=groups[:, :prefix])
+    ahead = attend(q[:, :, :prefix], first._replace(causal=True), groups=first.groups, scale=scale)
+
+    batch, kv_heads, width = q.shape[0], k.shape[1], q.shape[-1]
+    length = q.shape[2] - prefix
+    count, back = -(-length // SEGMENT), -(-(packed.longest - 1) // SEGMENT)
+    behind = jnp.pad(q[:, :, prefix:], [(0, 0), (0, 0), (0, count * SEGMENT - length), (0, 0)])
+    theirs = jnp.pad(groups[:, prefix:], [(0, 0), (0, count * SEGMENT - length)], constant_values=-1)
+    grouped = behind.reshape(batch, kv_heads, -1, *behind.shape[2:])
+    shared = _over_blocks(lambda q, start, own: _partial(q, first, start, scale, own), grouped, prefix, theirs)
+
+    def windows(x, axis):
+        """The segment of each query and `back` before it: [batch * count, ..., (back + 1) * SEGMENT, ...]."""
+        padding = [(0, 0)] * x.ndim
+        padding[axis] = (back * SEGMENT, count * SEGMENT - length)
+        x = jnp.pad(jax.lax.slice_in_dim(x, prefix, None, axis=axis), padding)
+        x = jnp.moveaxis(x.reshape(*x.shape[:axis], back + count, SEGMENT, *x.shape[axis + 1 :]), axis, 1)
+        x = jnp.concatenate([x[:, n : n + count] for n in range(back + 1)], axis=axis + 1)
+        return x.reshape(-1, *x.shape[2:])
+
+    def segments(x, axis):
+        x = jnp.moveaxis(x.reshape(*x.shape[:axis], count, SEGMENT, *x.shape[axis + 1 :]), axis, 1)
+        return x.reshape(-1, *x.shape[2:])
+
+    run = Keys(windows(k, 2), windows(v, 2), windows(valid, 1), causal=True, groups=windows(groups, 1))
+    own = _partial(segments(grouped, 3), run, back * SEGMENT, scale, segments(theirs, 1))
+    own = [jnp.moveaxis(x.reshape(batch, count, *x.shape[1:]), 1, 3) for x in own]
+    own = [x.reshape(*x.shape[:3], count * SEGMENT, *x.shape[5:]) for x in own]
+
+    highest = jnp.maximum(shared[1], own[1])
+    shares = [jnp.exp(part[1] - highest) for part in (shared, own)]
+    total = sum(share * part[2] for share, part in zip(shares, (shared, own), strict=True))
+    context = sum(share[..., None] * part[0] for share, part in zip(shares, (shared, own), strict=True))
+    context = (context / total[..., None]).astype(q.dtype).reshape(batch, -1, count * SEGMENT, width)
+    return jnp.concatenate([ahead, context[:, :, :length]], axis=2)
+
+
+def _partial(q: jax.Array, run: Keys, start, scale: float, groups) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One run's share of a softmax: weighted values [..., n, D], the highest logit and the weights' sum [..., n]."""
+    logits = _logits(q, run, start, scale, groups)
+    highest = jax.lax.stop_gradient(logits.max(-1))
+    weights = jnp.exp(logits - highest[..., None])
+    values = jnp.einsum("bkgns,bksd->bkgnd", weights.astype(run.v.dtype), run.v, preferred_element_type=jnp.float32)
+    return values, highest, weights.sum(-1)
 
 
 def column_sums(
@@ -105,15 +173,19 @@ def _logits(q: jax.Array, run: Keys, start, scale: float, groups: jax.Array | No
 
 
 def _over_blocks(block, q: jax.Array, keys: int, groups: jax.Array | None) -> jax.Array:
-    """block(q piece, start, groups piece) over pieces of the token axis: q's 3, groups' 1."""
+    """block(q piece, start, groups piece) over pieces of the token axis: q's 3, groups' 1, and the results' 3."""
     size = _block_size(q, keys)
     if size >= q.shape[3]:
         return block(q, 0, groups)
     pieces = _split(q, 3, size)
     of_groups = None if groups is None else _split(groups, 1, size)
     out = jax.lax.map(lambda xs: block(*xs), (pieces, jnp.arange(pieces.shape[0]) * size, of_groups))
-    out = jnp.moveaxis(out, 0, 3).reshape(*q.shape[:3], -1, q.shape[-1])
-    return out[:, :, :, : q.shape[3]]
+
+    def joined(x):
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], -1, *x.shape[5:])[:, :, :, : q.shape[3]]
+
+    return jax.tree.map(joined, out)
 
 
 def _block_size(q: jax.Array, keys: int) -> int:

@@ -20,13 +20,13 @@ def on_device(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, 
     if mesh is None:
         return jax.device_put(dict(arrays))
     ways = int(np.prod([mesh.shape[axis] for axis in BATCH]))
-    rows = len(next(iter(arrays.values()))) * jax.process_count()
+    rows = len(jax.tree.leaves(arrays)[0]) * jax.process_count()
     if rows % ways:
         raise OptionError(
             f"a batch of {rows} cannot be spread over {ways} devices (data x fsdp of the mesh); change batch_size."
         )
     sharding = NamedSharding(mesh, PartitionSpec(BATCH))
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in arrays.items()}
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), dict(arrays))
 
 
 class Feed:

@@ -58,6 +58,7 @@ def answer_tokens(
         batch["video_index"],
         patches,
         grid,
+        packed=batch.get("packed"),
         remat=remat,
     )
     return token_losses(model.text, hidden, batch["targets"])

@@ -44,7 +44,8 @@ class Steps:
         The given state's arrays are used up. compiling(): entered while a step is traced and compiled, which is when
         its shapes are new.
         """
-        key = name, *sorted((key, array.shape) for key, array in batch.arrays.items())
+        leaves, structure = jax.tree.flatten(batch.arrays)
+        key = name, structure, *(leaf.shape for leaf in leaves)
         if key in self._flops:
             return *self._steps[name](state, batch.arrays), self._flops[key]
         with compiling():

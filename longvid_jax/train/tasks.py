@@ -58,11 +58,11 @@ def _answer_loss(model: Model, remat: str):
 
 
 def _moments(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
-    (source,) = plain(stage.sources) if len(stage.sources) == 1 else ({},)
-    values = _checked(source, {"moments": WorldMoments}, "a stage of the task 'naming'")
-    return WorldMoments(
-        stage.batch_size, seed=seed, temporal=model.vision.temporal, process=process, processes=processes, **values
-    )
+    if model.vision is None or len(stage.sources) != 1:
+        raise OptionError("a stage of the task 'naming' needs a model that sees, and one source; change the stage.")
+    share = {"seed": seed, "process": process, "processes": processes}
+    make = partial(WorldMoments, stage.batch_size, temporal=model.vision.temporal, **share)
+    return make(**_checked(plain(stage.sources)[0], {"moments": make}, "a stage of the task 'naming'"))
 
 
 def _naming_loss(model: Model, remat: str):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import grain
+import jax
 import numpy as np
 import pytest
 
@@ -53,7 +54,7 @@ def test_a_batch_depends_on_seed_and_number_alone(tokenizer):
 def test_processes_share_a_batch(tokenizer):
     whole = make(tokenizer, WORLD)[1]
     parts = [make(tokenizer, WORLD, process=p, processes=2)[1] for p in range(2)]
-    together = {name: np.concatenate([part.arrays[name] for part in parts]) for name in whole.arrays}
+    together = jax.tree.map(lambda *rows: np.concatenate(rows), *[part.arrays for part in parts])
     assert_same(together, whole.arrays)
     with pytest.raises(OptionError, match="multiple of the 3 processes"):
         make(tokenizer, WORLD, processes=3)
