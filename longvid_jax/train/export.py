@@ -3,7 +3,9 @@
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 from longvid_jax import checkpoint, convert
 from longvid_jax.convert.folder import write_json
@@ -19,14 +21,25 @@ ALPHA = "adapters.json"
 def export(module, model: Model, config, folder: Path) -> Path:
     """Writes the module, adapters merged, with its tokenizer and pixel settings as `folder`/model; returns that.
 
-    Its adapters, if it has any, are besides saved alone as `folder`/adapters: see `read_adapters`.
+    Its adapters, if it has any, are besides saved alone as `folder`/adapters: see `read_adapters`. Of several processes
+    the first one writes, which must have room in its memory for all parameters.
     """
+    if jax.process_count() > 1:
+        module = multihost_utils.process_allgather(module, tiled=True)
+    if jax.process_index() == 0:
+        _write(module, model, config, folder)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("exported")
+    return folder / "model"
+
+
+def _write(module, model: Model, config, folder: Path) -> None:
     if config.lora.rank:
         _save_adapters(lora.adapters(module), config, folder / "adapters")
         module = lora.merge(module)
     with tempfile.TemporaryDirectory() as beside:
         files = model.files or _write_beside(model, Path(beside))
-        return convert.save_huggingface(
+        convert.save_huggingface(
             module,
             model.config,
             folder / "model",

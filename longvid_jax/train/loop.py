@@ -34,7 +34,7 @@ def train(
     """Trains what the config describes (see train.config) in `folder`, or goes on with what was begun there.
 
     mesh: over which parameters and batches are spread; None: one device. say: takes a line for the user.
-    progress: called with (steps done, steps in all, metrics of the last one) after each step.
+    progress: called with (steps done, steps in all, metrics of the last one) after each step. Both in process 0 alone.
 
     Gives folder, step, steps, stopped (the signal that ended it early, or None), best (its step and score), evaluation
     (the last one) and model (the folder of the finished model, of the best checkpoint, or None). A run that is
@@ -43,6 +43,8 @@ def train(
     Raises LongvidError: for a config, a folder or data that do not do, and TrainError where it cannot go on.
     """
     config = resolve(config)
+    if jax.process_index():
+        say = progress = _nobody
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(workdir.opened(folder, config))
         stack.enter_context(contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh))
@@ -113,6 +115,10 @@ def train(
             "skipped": skipped.count,
             "model": None if made is None else str(made),
         }
+
+
+def _nobody(*_) -> None:
+    """Who listens to other processes than the first."""
 
 
 def _line(step: int, steps: int, judged: dict) -> str:

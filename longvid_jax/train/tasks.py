@@ -154,7 +154,8 @@ def _examples(stage, seed: int):
 
 def _source(values: Mapping):
     """The source of a config's entry: {"kind": "world", "count": 1000, ...}."""
-    return SOURCES[values.get("kind")](**_checked(values, SOURCES, "the table of kinds of sources"))
+    arguments = _checked(values, SOURCES, "the table of kinds of sources")
+    return SOURCES[values["kind"]](**arguments)
 
 
 def _checked(values: Mapping, kinds: Mapping[str, Callable], where: str) -> dict:
