@@ -26,6 +26,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 BENCHMARKS = {  # each a module evaluate.bench_NAME with add_arguments, run and report
     "retake": "plain against compressed prefill and decoding",
     "convert": "converting a large checkpoint, beside copying it",
+    "claims": "what a paper says of its method, on the made-up world",
+    "train": "training steps fed with examples made on the way, beside batches at hand",
 }
 
 
