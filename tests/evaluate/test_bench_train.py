@@ -6,11 +6,11 @@ import pytest
 
 from longvid_jax import cli
 
+SMOKE = ["bench", "train", "--config", "qwen2vl_world:smoke"]
+
 
 def test_as_a_user_runs_it(capsys):
-    assert (
-        cli.main(["bench", "train", "--config", "qwen2vl_world:smoke", "--steps", "2", "--repeats", "1", "--json"]) == 0
-    )
+    assert cli.main([*SMOKE, "--steps", "2", "--repeats", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["stage"] == 1 and result["steps"] == 2
     seconds = result["seconds_a_step"]
