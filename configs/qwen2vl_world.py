@@ -8,6 +8,7 @@ Variants: tiny, and smoke, which takes seconds and learns next to nothing: to se
 from longvid_jax.train.config import base, stage
 
 FPS = 2  # sampled frames a second, the source's own
+SIZE = 56  # pixels of a frame's side
 TEXT = tuple(range(64, 1537, 64))  # buckets of tokens
 
 TINY = {
@@ -79,23 +80,27 @@ def get_config(variant: str = "tiny"):
     )
     config.eval = _held_out(every=500, batches=12, batch_size=8, seconds=16.0)
     config.save.every = 250
+    config.save.dtype = "bfloat16"
+    config.pixels.min_pixels = config.pixels.max_pixels = SIZE * SIZE
+    config.assets = "qwen2vl_world"
+    config.benchmark = {"seconds": 16.0, "fps": FPS, "size": SIZE, "level": "clear"}
     config.optim.warmup = 50
     return config
 
 
-def _naming(steps: int, worlds: int, size: int = 56):
+def _naming(steps: int, worlds: int, size: int = SIZE):
     """The vision tower learns colours and shapes, some moments of many worlds at a time."""
     return stage(task="naming", steps=steps, batch_size=worlds, sources=({"kind": "moments", "size": (size, size)},))
 
 
-def _worlds(steps: int, batch_size: int, seconds: float, questions: int, size: int = 56, **positions):
+def _worlds(steps: int, batch_size: int, seconds: float, questions: int, size: int = SIZE, **positions):
     source = {"kind": "world", "count": 10_000_000, "seconds": (seconds,), "size": (size, size), "questions": questions}
     return stage(
         steps=steps, batch_size=batch_size, sources=(source | positions,), frames=(int(seconds * FPS),), text=TEXT
     )
 
 
-def _held_out(every: int, batches: int, batch_size: int, seconds: float, size: int = 56) -> dict:
+def _held_out(every: int, batches: int, batch_size: int, seconds: float, size: int = SIZE) -> dict:
     source = {"kind": "world", "count": 1000, "split": "validation", "seconds": (seconds,), "size": (size, size)}
     return {
         "every": every,

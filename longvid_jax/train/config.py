@@ -45,10 +45,14 @@ BASE = {
     "workers": 2,
     "ahead": 4,
     "max_undecodable": 0.01,
+    "pixels": {"min_pixels": 0, "max_pixels": 0},  # of a frame, for who uses a model made from nothing; 0: Qwen2-VL's
+    "assets": "",  # the model's name in the package, if it is shipped
+    "benchmark": {},  # fields of evaluate.world.Setup for `longvid eval`
     "profile_steps": "",  # "10:15" writes a trace of steps 10 to 14
 }
 # What does not change the parameters that come out, and may differ when a run is taken up again.
-FREE = ("mesh", "eval.every", "save", "log_every", "workers", "ahead", "max_undecodable", "profile_steps")
+FREE = ("mesh", "eval.every", "save", "log_every", "workers", "ahead", "max_undecodable", "profile_steps",
+        "pixels", "assets", "benchmark")  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 
 

@@ -13,6 +13,7 @@ from longvid_jax.convert.source import read_json
 from longvid_jax.convert.target import written
 from longvid_jax.data.tokenizer import save_tokenizer
 from longvid_jax.models import lora
+from longvid_jax.train.config import plain
 from longvid_jax.train.models import Model
 
 ALPHA = "adapters.json"
@@ -38,7 +39,7 @@ def _write(module, model: Model, config, folder: Path) -> None:
         _save_adapters(lora.adapters(module), config, folder / "adapters")
         module = lora.merge(module)
     with tempfile.TemporaryDirectory() as beside:
-        files = model.files or _write_beside(model, Path(beside))
+        files = model.files or _write_beside(model, plain(config.pixels), Path(beside))
         convert.save_huggingface(
             module,
             model.config,
@@ -64,7 +65,7 @@ def read_adapters(folder: str | Path) -> tuple[dict, float]:
     return checkpoint.restore(folder / "params", checkpoint.contents(folder / "params")), alpha
 
 
-def _write_beside(model: Model, folder: Path) -> list[Path]:
+def _write_beside(model: Model, limits: dict[str, int], folder: Path) -> list[Path]:
     """The tokenizer and the processor's constants of a model that comes from no checkpoint."""
     save_tokenizer(model.tokenizer.backend_tokenizer, folder, max_length=model.text.rope.original_length)
     if model.vision is not None:
@@ -76,6 +77,7 @@ def _write_beside(model: Model, folder: Path) -> list[Path]:
             "patch_size": vision.patch,
             "temporal_patch_size": vision.temporal,
             "merge_size": vision.merge,
+            **{name: pixels for name, pixels in limits.items() if pixels},
         }
         write_json(folder / "preprocessor_config.json", about)
     return sorted(folder.iterdir())

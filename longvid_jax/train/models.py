@@ -16,8 +16,8 @@ from longvid_jax.data.tokenizer import load_tokenizer, world_tokenizer
 from longvid_jax.errors import CheckpointError, OptionError
 from longvid_jax.models import lora
 from longvid_jax.models.llama import DecoderConfig
-from longvid_jax.models.qwen2_vl import VisionConfig
 from longvid_jax.models.paths import leaves
+from longvid_jax.models.qwen2_vl import VisionConfig
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.train.config import plain
 from longvid_jax.train.initial import scaled
