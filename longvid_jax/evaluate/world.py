@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from longvid_jax.errors import OptionError
-from longvid_jax.memory.state import rows
+from longvid_jax.memory.state import RetakeMemory, rows
 from longvid_jax.systems.retake import PLAIN, ReTaKe, RetakeModel
 from longvid_jax.video import Frames
 from longvid_jax.video.synthetic import Question, World, multiple_choice
@@ -96,21 +96,24 @@ def answers(
     size: tuple[int, int],
     *,
     progress: Callable[[int], None] = lambda count: None,
+    watched: Callable[[RetakeMemory, int], None] = lambda memory, count: None,
 ) -> list[str]:
     """What the model answers, greedily, to each question after watching its world's frames at `times`.
 
     Worlds are rendered as they are watched, several side by side; each is watched once for all its questions, or once
-    a question where these guide what is kept. progress(count) is told of questions that have been answered.
+    a question where these guide what is kept. progress(count) is told of questions that have been answered,
+    watched(memory, count) of each memory, whose first `count` rows are different ones.
     """
     check_size(model, size)
     guided = model.method is not None and model.method.prompt_guided
-    watched = [one.video for one in asked] if guided else sorted({one.video for one in asked})
+    order = [one.video for one in asked] if guided else sorted({one.video for one in asked})
     told: list[str] = [""] * len(asked)
-    even = -(-len(watched) // -(-len(watched) // WATCHED))  # no more batches than needed, and hardly a row for nothing
-    for batch in _batches(range(len(watched)), even):
-        videos = [watched[i] for i in batch]
+    even = -(-len(order) // -(-len(order) // WATCHED))  # no more batches than needed, and hardly a row for nothing
+    for batch in _batches(range(len(order)), even):
+        videos = [order[i] for i in batch]
         instructions = [asked[i].text for i in batch] if guided else [asked[0].text] * len(videos)
         memory = _watch(model, [worlds[video] for video in videos], instructions, times, size)
+        watched(memory, len(set(batch)))
         if guided:
             groups = [(list(batch), range(len(batch)))]
         else:
