@@ -160,6 +160,10 @@ class Series:
         with _silent():
             return flatten_dict(self._checkpointer.load(step, abstract), sep="/")
 
+    def delete(self, step: int) -> None:
+        with _silent():
+            self._checkpointer.delete(step)
+
     def wait(self) -> None:
         """Until what was last saved is written."""
         if self._saving is not None:

@@ -53,11 +53,15 @@ class Checkpoints:
         wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _changing(state))
         for array in jax.tree.leaves(_changing(state)):
             array.delete()  # else there are two states at once
-        for step in steps:
+        for n, step in enumerate(steps):
             try:
-                return self._restored(step, wanted, state)
+                state = self._restored(step, wanted, state)
             except Exception as error:  # Orbax has no common base for what a damaged folder makes it raise
                 self._say(f"the checkpoint of step {step} cannot be read ({first_line(error)}); trying the one before")
+                continue
+            for damaged in steps[:n]:
+                self._series.delete(damaged)  # its step comes again
+            return state
         raise TrainError(f"no checkpoint in {self.folder} can be read; remove the folder to start anew.")
 
     def restore(self, step: int, state: TrainState) -> TrainState:

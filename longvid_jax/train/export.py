@@ -25,13 +25,19 @@ def export(module, model: Model, config, folder: Path) -> Path:
     Its adapters, if it has any, are besides saved alone as `folder`/adapters: see `read_adapters`. Of several processes
     the first one writes, which must have room in its memory for all parameters.
     """
-    if jax.process_count() > 1:
-        module = multihost_utils.process_allgather(module, tiled=True)
+    module = jax.tree.map(_whole, module)
     if jax.process_index() == 0:
         _write(module, model, config, folder)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("exported")
     return folder / "model"
+
+
+def _whole(array: jax.Array):
+    """An array of which this process has all parts."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return array
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _write(module, model: Model, config, folder: Path) -> None:

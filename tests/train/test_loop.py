@@ -12,6 +12,7 @@ from longvid_jax import convert
 from longvid_jax.checkpoint import Series
 from longvid_jax.errors import LongvidError, TrainError
 from longvid_jax.models.paths import leaves
+from longvid_jax.train import loop
 from tests.train.runs import lines, losses, run, smallest
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -136,7 +137,8 @@ def test_a_damaged_checkpoint_is_passed_over(whole, tmp_path):
     for file in last.rglob("*.ocdbt"):
         file.write_bytes(b"damaged")
     _, said = run(smallest(), tmp_path / "run")
-    assert f"the checkpoint of step {result['step']} cannot be read" in said[0]
+    assert f"the checkpoint of step {result['step']} cannot be read" in said[0] and len(said) == 2
+    assert sorted(os.listdir(last.parent)) == sorted(os.listdir(whole[0] / "checkpoints"))
     assert_same_run(tmp_path / "run", whole[0])
 
 
@@ -165,6 +167,11 @@ def test_spread_over_a_mesh(whole, tmp_path):
     result, _ = run(config, tmp_path / "run", mesh=mesh)
     assert result["model"]
     assert losses(tmp_path / "run") == pytest.approx(losses(whole[0]), rel=1e-4)
+
+
+def test_memory_that_is_not_enough():
+    with pytest.raises(TrainError, match="memory is not enough; lower batch_size"), loop._memory():
+        jax.numpy.zeros(1 << 60)
 
 
 @pytest.mark.parametrize(
