@@ -43,6 +43,7 @@ def keyframes(
     return choose(features, distance, peak, valid, num_keep if count is None else count, num_keep)
 
 
+@jax.named_scope("dpselect")
 def choose(
     features: jax.Array, distance: jax.Array, peak: jax.Array, valid: jax.Array, count: jax.Array | int, width: int
 ) -> Keyframes:
@@ -101,6 +102,7 @@ class Lookback:
         return cls(jnp.zeros((tokens, width), dtype), distance, jnp.bool_(False))
 
 
+@jax.named_scope("dpselect")
 def stream_keyframes(
     lookback: Lookback,
     features: jax.Array,

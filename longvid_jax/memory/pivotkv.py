@@ -75,6 +75,7 @@ def compress(
             scored_k = rope(scored_k, positions[:, :chunk])
         return scores(scored_q, scored_k, valid, query_valid)
 
+    @jax.named_scope("pivotkv")
     def select(q, k, v, positions, rope: Rope, layer) -> tuple[Block, jax.Array]:
         chunk_k, chunk_v, chunk_positions = k[:, :, :chunk], v[:, :, :chunk], positions[:, :chunk]
         kept = keep(importance(q, k, positions, rope, layer), is_pivot, count, valid, pivots=pivots)

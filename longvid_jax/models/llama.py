@@ -131,6 +131,7 @@ class Decoder(nnx.Module):
             None if config.tied else Linear(config.width, config.vocab_size, bias=False, dtype=dtype, rngs=rngs)
         )
 
+    @jax.named_scope("decoder")
     def __call__(
         self,
         x: jax.Array,

@@ -146,6 +146,7 @@ class VisionTower(nnx.Module):
         )
         self.merger = Merger(config, dtype=dtype, rngs=rngs)
 
+    @jax.named_scope("vision")
     def __call__(self, patches: jax.Array, grid: tuple[int, int], *, remat: bool | str = False) -> jax.Array:
         """Tokens [F, N, out_width] of patches [F, P, channels * temporal * patch^2] of F temporal patches.
 

@@ -15,6 +15,7 @@ CHUNK = 4096  # tokens whose logits are in memory at a time
 BIAS = -2.0  # of a word's logit before anything is learned, as most words name nothing in sight
 
 
+@jax.named_scope("loss")
 def token_losses(decoder: Decoder, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy float32 [B, N] of targets int32 [B, N], the next tokens of hidden [B, N, D], and which lead.
 
