@@ -10,6 +10,7 @@ from longvid_jax.evaluate import options
 from longvid_jax.terminal import keep_compiled, print_json, progress
 
 SETUP = ("seed", "examples", "level", "seconds", "split", "fps", "questions")  # of evaluate.world.Setup
+KNOWN = (*SETUP, "size", "letters", "families")
 SPLITS = ("validation", "test")
 
 
@@ -48,7 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
     chosen |= {name: value for name in SETUP if (value := getattr(arguments, name)) is not None}
     if arguments.size is not None:
         chosen["size"] = (arguments.size, arguments.size)
-    setup = Setup(letters=arguments.letters, **chosen)
+    if arguments.letters:
+        chosen["letters"] = True
+    setup = Setup(**chosen)
     setup.world(0)  # a length or a level that cannot be is found before a model is loaded
     keep_compiled()
     with progress() as bars:
@@ -80,24 +83,28 @@ def _model(arguments: argparse.Namespace) -> tuple[str | Path, dict]:
     from longvid_jax.train import config as configs
 
     config = configs.load(arguments.config)
-    chosen = configs.plain(config.get("benchmark", {}))
+    chosen = configs.plain(config.benchmark)
+    for name in chosen:
+        if name not in KNOWN:
+            raise OptionError(f"config.benchmark has no {name!r}; known are {', '.join(KNOWN)}.")
     if isinstance(chosen.get("size"), int):
         chosen["size"] = (chosen["size"], chosen["size"])
     if arguments.model is not None:
         if arguments.workdir is not None:
             raise OptionError("--model and --workdir are both given, but only one can be the model; leave one out.")
         return arguments.model, chosen
-    return _made(arguments, config.get("assets", "")), chosen
+    return _made(arguments, config.assets), chosen
 
 
-def _made(arguments: argparse.Namespace, assets: str) -> Path:
+def _made(arguments: argparse.Namespace, name: str) -> Path:
     """The folder of the model that a config's run has made, or that is shipped as what it makes."""
     if arguments.workdir is not None:
         path = Path(arguments.workdir).expanduser() / "model"
         if not path.is_dir():
             raise OptionError(f"{path} is not there: the run in --workdir has made no model yet; train to the end.")
         return path
-    path = Path(__file__).parent / "assets" / assets
-    if not assets or not path.is_dir():
+    if not name:
         raise OptionError(f"no model of {arguments.config} is shipped; give --workdir of a run, or --model.")
-    return path
+    from longvid_jax.evaluate import assets
+
+    return assets.path(name)

@@ -31,6 +31,7 @@ class Reader:
 
     def __init__(self, model: Qwen2VL, method, static: steps.Static, mesh=None):
         self.model, self.method, self.static, self.mesh = model, method, static, mesh
+        self._text = steps.Static(reforge=static.reforge)  # all that reading and writing text depends on
         self.length = method.chunk_frames // model.config.vision.temporal  # temporal patches of a chunk
 
     def on_mesh(self):
@@ -67,7 +68,7 @@ class Reader:
         capacity = _bucket(max(text.shape[1], self._expected_length(memory)))
         cache = steps.new_cache(self.model, batch=batch, capacity=capacity)
         if memory.start.any():
-            cache, _ = steps.read_text(self.model, cache, text, np.zeros(batch, int), static=self.static)
+            cache, _ = steps.read_text(self.model, cache, text, np.zeros(batch, int), static=self._text)
         return dataclasses.replace(memory, cache=cache)
 
     def look(self, memory: RetakeMemory, features: jax.Array, patches: np.ndarray, times: np.ndarray) -> RetakeMemory:
@@ -113,9 +114,9 @@ class Reader:
         # M-RoPE: text goes on behind the largest position of the video on any axis (ids of dropped patches are taken
         # back).
         start = memory.start + np.where(seen > 0, np.maximum(seen, memory.grid.max()), 0) - memory.dropped
-        cache, logits = steps.read_text(self.model, memory.cache, text, start, static=self.static)
+        cache, logits = steps.read_text(self.model, memory.cache, text, start, static=self._text)
         out = steps.write_answer(
-            self.model, cache, logits, start + length, static=self.static, max_new_tokens=max_new_tokens, **decoding
+            self.model, cache, logits, start + length, static=self._text, max_new_tokens=max_new_tokens, **decoding
         )
         return out, memory.stored + length
 

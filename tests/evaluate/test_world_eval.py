@@ -146,8 +146,15 @@ from longvid_jax.train.config import base, stage
 def get_config():
     config = base()
     config.stages = (stage(steps=1),)
+    config.benchmark = BENCHMARK
     return config
 """
+
+
+def config_file(folder, **benchmark):
+    path = folder / f"{'_'.join(benchmark)}.py"
+    path.write_text(CONFIG.replace("BENCHMARK", repr(benchmark)))
+    return f"{path}:"
 
 
 def run(capsys, *words):
@@ -169,6 +176,22 @@ def test_the_command(checkpoint, capsys):
     assert "9 questions on 2 worlds of 6 seconds" in text and all(name in text for name in families)
 
 
+def test_the_command_with_a_config(checkpoint, capsys, tmp_path):
+    """What the config says of the worlds holds, where nothing else is given; the model is that of its run."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model").symlink_to(checkpoint)
+    config = config_file(tmp_path, seconds=4.0, size=28, questions=2, examples=5)
+    words = ["--config", config, "--workdir", tmp_path / "run", "--no-baselines", "--examples", 3, "--json"]
+    result = json.loads(run(capsys, *words))
+    assert {name: result["setup"][name] for name in ("seconds", "size", "questions", "examples", "level")} == {
+        "seconds": 4.0,
+        "size": [28, 28],
+        "questions": 2,
+        "examples": 3,
+        "level": "clear",
+    }
+
+
 def test_the_command_with_retake(checkpoint, capsys):
     words = ["--model", checkpoint, "--examples", 3, "--seconds", 4, "--size", 28, "--no-baselines", "--json"]
     result = json.loads(run(capsys, *words, "--keep-ratio", 0.5, "--letters"))
@@ -185,11 +208,11 @@ def test_the_command_with_retake(checkpoint, capsys):
         (["--model", "MODEL", "--method", "none", "--keep-ratio", 0.5], "--keep-ratio cannot be used with it"),
         (["--config", "CONFIG", "--workdir", "nowhere"], "has made no model yet"),
         (["--config", "CONFIG"], "is shipped; give --workdir"),
+        (["--config", "WRONG"], "config.benchmark has no 'lenght'; known are seed, examples"),
     ],
 )
 def test_bad_input(checkpoint, capsys, tmp_path, words, said):
-    (tmp_path / "mine.py").write_text(CONFIG)
-    paths = {"MODEL": checkpoint, "CONFIG": f"{tmp_path}/mine.py:"}
+    paths = {"MODEL": checkpoint, "CONFIG": config_file(tmp_path, seconds=6), "WRONG": config_file(tmp_path, lenght=6)}
     words = [str(paths.get(word, word)) for word in words]
     assert cli.main(["eval", *words]) == 2
     assert said in capsys.readouterr().err

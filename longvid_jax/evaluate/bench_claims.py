@@ -1,0 +1,185 @@
+"""`longvid bench claims`: what a paper says of its method, measured on the made-up world, as tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+from longvid_jax.errors import OptionError
+from longvid_jax.evaluate import claims, heatmap
+from longvid_jax.evaluate.results import Results, fingerprint
+from longvid_jax.evaluate.world import Setup, check_size
+from longvid_jax.terminal import progress
+
+SHIPPED = "qwen2vl_world"  # of the assets
+QUICK = {"seeds": 1, "examples": 80, "lengths": (1, 4), "ratios": (0.25, 0.05), "needles": 4}
+TABLE, RESULT, FIGURE, NEEDLES = "claims.csv", "claims.json", "claims.png", "needles"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `longvid bench claims`."""
+    parser.add_argument("--system", choices=("retake",), default="retake", help="whose claims (default: retake)")
+    parser.add_argument("--model", metavar="PATH", help="a Qwen2-VL trained on the world (default: the shipped one)")
+    parser.add_argument("--out", metavar="DIR", help="keep answers (and go on from them), tables and figures there")
+    parser.add_argument("--seeds", type=int, metavar="N", help="of worlds (default: 5)")
+    parser.add_argument("--examples", type=int, metavar="N", help="questions a seed (default: 400)")
+    parser.add_argument("--level", choices=("clear", "busy", "wild"), default="clear", help="(default: clear)")
+    parser.add_argument("--seconds", type=float, default=16.0, help="that the plain model is for (default: 16)")
+    parser.add_argument("--fps", type=float, default=2.0, help="sampled frames a second (default: 2)")
+    parser.add_argument("--size", type=int, default=56, metavar="PX", help="of the frames (default: 56)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="times --seconds (default: 1 4 8)")
+    parser.add_argument("--ratios", type=float, nargs="+", metavar="F", help="(default: 0.5 0.25 0.1 0.05)")
+    parser.add_argument("--heatmap", action="store_true", help="also needles by depth and length, to 32 times as long")
+    parser.add_argument("--needles", type=int, metavar="N", help="at each depth and length (default: 32)")
+    parser.add_argument("--quick", action="store_true", help="few questions, to see that it runs")
+    parser.add_argument("--no-figure", action="store_true", help="tables only, which need no matplotlib")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measures; returns plain values, ready for JSON. Raises OptionError for what cannot be run."""
+    plan, needles = _plans(arguments)
+    if arguments.out and not arguments.no_figure:
+        _check_figures()
+    path = arguments.model or _shipped()
+    with progress() as bars:
+        from longvid_jax.systems.loading import load
+
+        bar = bars.add_task("loading", total=None)
+        model = load(path)
+        check_size(model, plan.setup.size)
+        results = Results(arguments.out, {"weights": fingerprint(model.model), "setup": _setup(plan.setup)})
+        bars.update(bar, total=len(plan) + (len(needles) if needles else 0))
+
+        def told(what: str, count: int) -> None:
+            bars.update(bar, description=what, advance=count)
+
+        found = {
+            "benchmark": "claims",
+            "system": arguments.system,
+            "model": str(path),
+            "setup": _setup(plan.setup),
+            "seeds": plan.seeds,
+            **claims.run(model, plan, results, told),
+            "needles": None if needles is None else heatmap.run(model, needles, results, told),
+        }
+        bars.update(bar, description="measured")
+    if arguments.out:
+        _write(found, Path(arguments.out).expanduser(), figures=not arguments.no_figure)
+    return found
+
+
+def _plans(arguments: argparse.Namespace) -> tuple[claims.Plan, heatmap.Plan | None]:
+    given = {name: value for name in QUICK if (value := getattr(arguments, name)) is not None}
+    given = (QUICK if arguments.quick else {}) | given
+    size = (arguments.size, arguments.size)
+    examples = given.pop("examples", Setup.examples)
+    setup = Setup(examples=examples, level=arguments.level, seconds=arguments.seconds, fps=arguments.fps, size=size)
+    needles = {"needles": given.pop("needles")} if "needles" in given else {}
+    for name, values in (("--seeds", [given.get("seeds", 1)]), ("--needles", needles.values())):
+        for value in values:
+            if value < 1:
+                raise OptionError(f"{name} is {value}, but must be at least 1.")
+    for value in given.get("lengths", ()):
+        if value < 1:
+            raise OptionError(f"--lengths has {value}, but each must be at least 1.")
+    for value in given.get("ratios", ()):
+        if not 0 < value < 1:
+            raise OptionError(f"--ratios has {value}, but each must be between 0 and 1.")
+    plan = claims.Plan(setup, **given)
+    setup.world(0)
+    lengths = {"lengths": heatmap.LENGTHS[:3]} if arguments.quick else {}
+    return plan, heatmap.Plan(setup, **needles, **lengths) if arguments.heatmap else None
+
+
+def _setup(setup: Setup) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(setup)))
+
+
+def _shipped() -> Path:
+    from longvid_jax.evaluate import assets
+
+    return assets.path(SHIPPED)
+
+
+def _check_figures() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise OptionError(
+            "The figures need matplotlib, which is not installed; pip install 'longvid_jax[viz]', or give --no-figure."
+        ) from None
+
+
+def _write(found: dict, folder: Path, *, figures: bool) -> None:
+    (folder / RESULT).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    names = list({name: None for row in found["rows"] for name in row})
+    with open(folder / TABLE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(found["rows"])
+    if found["needles"]:
+        text = json.dumps(found["needles"], indent=1) + "\n"
+        (folder / f"{NEEDLES}.json").write_text(text, encoding="utf-8")
+    if figures:
+        from longvid_jax.evaluate import claims_figure
+
+        claims_figure.accuracy(found, folder / FIGURE)
+        if found["needles"]:
+            claims_figure.needles(found["needles"], folder / f"{NEEDLES}.png")
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+SHOWN = ("all", claims.TIMELESS, "when", "when IoU", "caption events")
+
+
+def report(found: dict) -> str:
+    """The result of `run` as text."""
+    rows, setup = found["rows"], found["setup"]
+    ratios = sorted({row["ratio"] for row in rows if row["ratio"] < 1}, reverse=True)
+    by_place = {(row["length"], row["measure"], row["way"], row["ratio"]): row for row in rows}
+    lines = [
+        f"ReTaKe on {found['model']}: {found['seeds']} x {setup['examples']} questions, {setup['level']} worlds",
+        "Right answers in %, and behind them the difference to keeping everything with its 95 % interval, in points.",
+        f"The shares kept are those asked for; what whole tokens and temporal patches make of them is in {TABLE}.",
+    ]
+    for length in dict.fromkeys(row["length"] for row in rows):
+        for measure in SHOWN:
+            plain = by_place.get((length, measure, claims.PLAIN_WAY, 1.0))
+            if plain is None:
+                continue
+            lines += [
+                "",
+                f"{length} x {setup['seconds']:g} seconds, {measure}: {plain['questions']} questions, "
+                f"{100 * plain['value']:.1f} % with everything",
+                f"  {'kept':24}" + "".join(f"{ratio:>28g}" for ratio in ratios),
+            ]
+            for way, about in claims.WAYS.items():
+                if way != claims.PLAIN_WAY:
+                    cells = [_cell(by_place[length, measure, way, ratio]) for ratio in ratios]
+                    lines.append(f"  {about.says:24}" + "".join(f"{cell:>28}" for cell in cells))
+    lines += ["", "What the paper says:"]
+    for one in found["claims"]:
+        lines.append(
+            f"  {one['length']} x, {one['ratio']:g} kept, {one['measure']}: {one['claim']} {one['verdict']} "
+            f"({_points(one['difference'])}, {_points(one['low'])} to {_points(one['high'])} points)"
+        )
+    if needles := found["needles"]:
+        lines += ["", "Needles found in %, by depth (rows) and seconds (columns):"]
+        for way, table in needles["accuracy"].items():
+            lines.append(f"  {way:8}" + "".join(f"{seconds:8g}" for seconds in needles["seconds"]))
+            for depth, values in zip(needles["depths"], table, strict=True):
+                lines.append(f"  {depth:8g}" + "".join(f"{100 * value:8.0f}" for value in values))
+    return "\n".join(lines)
+
+
+def _cell(row: dict) -> str:
+    difference = (row["to_plain"], row["to_plain_low"], row["to_plain_high"])
+    return f"{100 * row['value']:.1f}  " + "{} [{}, {}]".format(*map(_points, difference))
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
