@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import tempfile
 import time
@@ -65,7 +64,7 @@ def run(
         stage("watching without")
         _, plain = ask(load(checkpoint), video, QUESTIONS[:1], **decoding)
         figure = None
-        if keep is not None and importlib.util.find_spec("matplotlib"):
+        if keep is not None:
             stage("drawing")
             figure = str(plot(answers[0].trace, video, folder / "timeline.png"))
     if keep is None:
@@ -103,8 +102,6 @@ def report(result: dict) -> str:
     ]
     if result["kept_in"] is None:
         lines.append("With --keep DIR the video, the checkpoint and a timeline figure stay.")
-    elif result["timeline"] is None:
-        lines.append(f"Everything is in {result['kept_in']}; for a timeline figure pip install 'longvid_jax[viz]'.")
     else:
         lines.append(f"Everything is in {result['kept_in']}; the figure is {result['timeline']}.")
     return "\n".join(lines)

@@ -30,7 +30,7 @@ def test_json_is_true(capsys, tmp_path):
     assert result["plain"]["trace"]["cache_bytes"] == result["trace"]["cache_bytes_uncompressed"]
     assert {path.name for path in folder.iterdir()} == {"checkpoint", "shapes.mp4", "timeline.png"}
     with Image.open(result["timeline"]) as figure:
-        assert figure.width == 1440
+        assert figure.width == 1800
     # Anyone who loads what was kept gets what was said.
     model = lv.load(folder / "checkpoint", method=lv.ReTaKe(keep_ratio=0.25))
     questions = [answer["question"] for answer in result["answers"]]
