@@ -34,7 +34,7 @@ class Axis:
         return LEFT + (RIGHT - LEFT) * share
 
     def say(self, seconds: float) -> str:
-        return clock(seconds) if self.end - self.start >= 5 else f"{seconds:.1f} s"
+        return clock(seconds) if self.end - self.start > 5 else f"{seconds:.1f} s"
 
     def ticks(self) -> np.ndarray:
         """Seconds, eleven at most."""
@@ -128,7 +128,7 @@ def change(canvas: Canvas, axis: Axis, top: float, times: np.ndarray, change: np
         _, first = np.unique(at, return_index=True)
         points = list(zip(xs[1:][first], np.minimum.reduceat(ys[1:], first), strict=True))
         canvas.area([(points[0][0], base), *points, (points[-1][0], base)], PALE)
-        canvas.line(points, INK, 1.5)
+        canvas.line(points, INK, 2)
     canvas.line([(LEFT, base), (RIGHT, base)], FAINT, 1.5)
     for tick in _ticks(1.06 * change.max()):
         y = base - CURVE / 1.06 * tick / max(change.max(), 1e-6)

@@ -168,12 +168,19 @@ def test_hours(trace):
 
 @pytest.mark.parametrize(
     ("end", "expected"),
-    [(0.12, ["0.0 s", "0.1 s"]), (3, "0.0 s,0.5 s,1.0 s,1.5 s,2.0 s,2.5 s,3.0 s".split(",")), (10, 11), (4e5, 6)],
+    [
+        (0.12, ["0.0 s", "0.1 s"]),
+        (3, "0.0 s,0.5 s,1.0 s,1.5 s,2.0 s,2.5 s,3.0 s".split(",")),
+        (5, 11),
+        (10, 11),
+        (4e5, 6),
+    ],
 )
 def test_ticks(end, expected):
     axis = panels.Axis(0.0, end)
     ticks = [axis.say(tick) for tick in axis.ticks()]
     assert (ticks if isinstance(expected, list) else len(ticks)) == expected
+    assert len(set(ticks)) == len(ticks)
 
 
 def test_clock():
