@@ -53,13 +53,13 @@ def _patches(times: np.ndarray, ratio: float) -> int:
 WAYS = {
     PLAIN_WAY: Way("everything", lambda ratio, seed: None),
     RETAKE: Way("DPSelect + PivotKV", lambda ratio, seed: ReTaKe(keep_ratio=ratio)),
-    "not reforged": Way("the same, nothing moved", lambda ratio, seed: ReTaKe(keep_ratio=ratio, reforge=False)),
+    "not reforged": Way("both, nothing moved", lambda ratio, seed: ReTaKe(keep_ratio=ratio, reforge=False)),
     "pivotkv": Way("PivotKV alone", lambda ratio, seed: ReTaKe(keep_ratio=ratio, dpselect=None)),
     "dpselect": Way(
         "DPSelect alone", lambda ratio, seed: dataclasses.replace(PLAIN, dpselect="frame", dpselect_ratio=ratio)
     ),
     UNIFORM: Way("fewer frames, evenly", lambda ratio, seed: None, evenly),
-    "uniform pairs": Way("the same, two by two", lambda ratio, seed: None, pairs),
+    "uniform pairs": Way("fewer frames, in pairs", lambda ratio, seed: None, pairs),
     "random": Way(
         "tokens at random", lambda ratio, seed: ReTaKe(keep_ratio=ratio, dpselect=None, scores="random", seed=seed)
     ),

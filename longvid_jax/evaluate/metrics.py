@@ -60,13 +60,12 @@ def interval(values: Sequence[float], videos: Sequence, *, seed: int = 0) -> tup
     _, video = np.unique(np.asarray(videos), return_inverse=True)
     count = int(video.max()) + 1
     sums, sizes = np.bincount(video, values, count), np.bincount(video, minlength=count)
-    drawn = _drawn(count, seed)
-    low, high = np.quantile((drawn @ sums) / (drawn @ sizes), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    totals = _drawn(count, seed).astype(np.float32) @ np.stack([sums, sizes], axis=1).astype(np.float32)
+    low, high = np.quantile(totals[:, 0] / totals[:, 1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
-@functools.lru_cache(maxsize=8)  # many means are of the same videos
+@functools.lru_cache(maxsize=32)  # many means are of the same videos
 def _drawn(count: int, seed: int) -> np.ndarray:
-    """float32 [RESAMPLES, count]: how often each video is drawn."""
-    drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES)
-    return drawn.astype(np.float32)
+    """uint8 [RESAMPLES, count]: how often each video is drawn."""
+    return np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(np.uint8)
