@@ -62,6 +62,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in without]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In a worker of pytest-xdist: each has collected everything."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = [(*key, count) for key, count in _left_out.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    for marker, what, count in getattr(node, "workeroutput", {}).get("left_out", ()):
+        _left_out[marker, what] = count
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for marker, package in _absent.items():
         tests, files = _left_out[marker, "tests"], _left_out[marker, "files"]
