@@ -14,7 +14,7 @@ import numpy as np
 from longvid_jax.evaluate import world
 from longvid_jax.evaluate.metrics import event_score, interval, span_iou
 from longvid_jax.evaluate.results import Results
-from longvid_jax.evaluate.world import Asked, Setup
+from longvid_jax.evaluate.world import Asked, Rendered, Setup
 from longvid_jax.systems.retake import PLAIN, ReTaKe, RetakeModel
 from longvid_jax.video.synthetic import FAMILIES
 
@@ -104,6 +104,7 @@ def _ask(model: RetakeModel, plan: Plan, length: int, results: Results, progress
     for seed in range(plan.seeds):
         setup = plan.at(seed, length)
         worlds, asked = world.ask(setup)
+        worlds = [Rendered(one, setup) for one in worlds]
         every += [(seed, one) for one in asked]
         for way, ratio in plan.settings():
             what = f"{length}x {way} {ratio:g}"

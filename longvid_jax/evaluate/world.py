@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from longvid_jax.video.synthetic import Question, World, multiple_choice
 
 APART = 1_000_000  # between the first worlds of two seeds
 WATCHED, ANSWERED = 32, 32  # rows at a time, at most
+ALIKE = 8
 MAX_NEW_TOKENS = 96  # more than the longest caption has
 FRUITLESS = 100  # worlds without a question, one after the other
 GLANCE = dataclasses.replace(PLAIN, chunk_frames=2)  # the plain model for a single temporal patch
@@ -55,6 +57,25 @@ class Setup:
     def times(self, world: World) -> np.ndarray:
         """float64 [T] seconds of the sampled frames."""
         return np.arange(max(1, int(world.seconds * self.fps))) / self.fps
+
+
+class Rendered:
+    """A world whose frames at the times of a setup are rendered once, however often it is watched."""
+
+    def __init__(self, world: World, setup: Setup):
+        self.seconds = world.seconds
+        self._world, self._times, self._size = world, setup.times(world), setup.size
+
+    @cached_property
+    def _frames(self) -> np.ndarray:
+        return self._world.render(self._times, self._size)
+
+    def render(self, times: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """uint8 [T, H, W, 3] at times [T], all of them the setup's and of its size."""
+        here = np.searchsorted(self._times, times)
+        if size != self._size or not np.array_equal(self._times[np.minimum(here, len(self._times) - 1)], times):
+            raise OptionError("only the frames of the setup are rendered; ask the world itself for others.")
+        return self._frames[here]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +129,9 @@ def answers(
     guided = model.method is not None and model.method.prompt_guided
     order = [one.video for one in asked] if guided else sorted({one.video for one in asked})
     told: list[str] = [""] * len(asked)
-    even = -(-len(order) // -(-len(order) // WATCHED))  # no more batches than needed, and hardly a row for nothing
+    even = -(-len(order) // -(-len(order) // WATCHED))  # no more batches than needed, and few rows for nothing
+    if even > ALIKE:  # but of few sizes, each of which is compiled
+        even = -(-even // ALIKE) * ALIKE
     for batch in _batches(range(len(order)), even):
         videos = [order[i] for i in batch]
         instructions = [asked[i].text for i in batch] if guided else [asked[0].text] * len(videos)
