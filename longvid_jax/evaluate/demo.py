@@ -1,38 +1,33 @@
-"""`longvid demo`: a video and a tiny model made on the spot, asked as by `longvid ask`, with and without ReTaKe."""
+"""`longvid demo`: a made-up video of several minutes, and a tiny trained model that is asked about it with ReTaKe."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
-import av
-import numpy as np
-from PIL import Image, ImageDraw
-
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import tiny
+from longvid_jax.evaluate import assets
 from longvid_jax.evaluate.ask import ask
-from longvid_jax.evaluate.timeline import clock, plot
+from longvid_jax.evaluate.metrics import event_score, span_iou
+from longvid_jax.evaluate.timeline import Span, check, clock, plot
 from longvid_jax.systems.loading import load
 from longvid_jax.systems.retake import ReTaKe
 from longvid_jax.video import Video
+from longvid_jax.video.synthetic import FAMILIES, Question, World, write_video
 
-QUESTIONS = ("What happens in this video?", "Which shapes are there, and when does the scene change?")
-SIZE = (320, 180)  # pixels, width and height
-FPS = 10
-SCENES = (  # seconds, background, colours of the shapes that move over it
-    (16, (28, 42, 74), ((240, 196, 68), (226, 92, 74))),
-    (12, (214, 222, 210), ((44, 110, 142), (36, 48, 44), (196, 74, 102))),
-    (20, (96, 42, 52), ((250, 236, 214), (120, 190, 164))),
-    (14, (60, 128, 110), ((246, 240, 120), (28, 30, 60), (236, 120, 60))),
-    (18, (236, 226, 190), ((150, 60, 120), (40, 90, 60))),
-)
-NEAR = 1.0  # seconds: a temporal patch of two frames at 2 frames a second
-WEIGHTS = "The weights are random, so the words of the answers mean nothing; all else is as with a trained model."
+MODEL = "qwen2vl_world"  # of the assets
+SECONDS = 240.0  # of the video
+TRAINED = 32  # seconds, of the videos that the model was trained on
+LEVEL, SPLIT = "clear", "test"  # a split that the model has never seen
+METHOD = ReTaKe(keep_ratio=0.25, reforge=False)  # re-forged positions would tell another time
+FILE = {"size": (224, 224), "fps": 8}
+ENOUGH = 0.5  # IoU from which a span counts as found
+FIGURE = "longvid-demo.png"
+MAX_NEW_TOKENS = 96  # more than a caption of the world has
 
 
 def run(
@@ -41,112 +36,115 @@ def run(
     """Makes, watches, asks, and returns the account as plain data.
 
     Args:
-      keep: folder for the video, the checkpoint and the timeline figure, absent or empty (else OptionError); None keeps
-        nothing.
-      seed: of the video and of the weights.
+      keep: folder for the video, what happens in it and the timeline figure, absent or empty (else OptionError); None
+        keeps the figure alone, in the current folder.
+      seed: of the world; some are left out, in which not every family of questions can be asked.
       stage: called with what is being done.
     """
     start = time.perf_counter()
+    figure = Path(FIGURE if keep is None else "timeline.png")
     with tempfile.TemporaryDirectory(prefix="longvid-demo-") as scratch:
         folder = Path(scratch if keep is None else keep)
         if keep is not None:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise OptionError(f"--keep {folder} already exists and is not an empty folder; give another one.")
             folder.mkdir(parents=True, exist_ok=True)
+            figure = folder / figure
+        check(figure)
         stage("making a video")
-        path = write_video(folder / "shapes.mp4", seed=seed)
-        stage("making a tiny model")
-        checkpoint = tiny.write_checkpoint(folder / "checkpoint", seed=seed)
-        decoding = {"max_new_tokens": 32, "temperature": 0.2, "seed": seed}
+        world, questions = _world(seed)
+        path = write_video(world, folder / "world.mp4", **FILE)
+        stage("loading the model")
+        checkpoint = assets.path(MODEL)
+        model = load(checkpoint, method=METHOD)
+        seconds = {"video": time.perf_counter() - start}
         stage("watching with ReTaKe")
-        model, video = load(checkpoint, method=ReTaKe(keep_ratio=0.25)), Video(path, fps=2)
-        answers, result = ask(model, video, QUESTIONS, **decoding)
+        video, texts = Video(path, fps=2), [question.text for question in questions]
+        answers, result = ask(model, video, texts, max_new_tokens=MAX_NEW_TOKENS)
         stage("watching without")
-        _, plain = ask(load(checkpoint), video, QUESTIONS[:1], **decoding)
-        figure = None
-        if keep is not None:
-            stage("drawing")
-            figure = str(plot(answers[0].trace, video, folder / "timeline.png"))
+        _, plain = ask(load(checkpoint), video, texts, max_new_tokens=MAX_NEW_TOKENS)
+        judged = [_judged(*one) for one in zip(questions, result["answers"], plain["answers"], strict=True)]
+        stage("drawing")
+        spans = [Span(one["family"], *(one["span"] or (None, None)), one["right"]) for one in judged]
+        plot(answers[0].trace, video, figure, questions=spans)
     if keep is None:
         result["video"]["path"] = None  # it is gone
-    cuts = np.cumsum([seconds for seconds, *_ in SCENES[:-1]]).tolist()
-    marked = [patch["time"] for patch in result["trace"]["keyframes"]]
     return {
-        "random_weights": True,
+        "seed": seed,
+        "world": {"seed": world.seed, "level": LEVEL, "split": SPLIT, "seconds": world.seconds},
+        "model": {"name": MODEL, "trained_seconds": TRAINED},
         "kept_in": None if keep is None else str(folder),
-        "timeline": figure,
+        "timeline": str(figure),
         **result,
-        "plain": {name: plain[name] for name in ("answers", "trace", "seconds")},
-        "cuts": cuts,
-        "cuts_marked": [cut for cut in cuts if any(abs(cut - time) <= NEAR for time in marked)],
-        "seconds": {**result["seconds"], "total": time.perf_counter() - start},
+        "answers": judged,
+        "right": sum(one["right"] for one in judged),
+        "right_without": sum(one["without"]["right"] for one in judged),
+        "plain": {name: plain[name] for name in ("trace", "seconds")},
+        "seconds": {**seconds, **result["seconds"], "total": time.perf_counter() - start},
     }
+
+
+def _world(seed: int) -> tuple[World, list[Question]]:
+    """A world and a question of each family about it, in the families' order."""
+    number = 1000 * seed
+    while True:
+        world = World(number, level=LEVEL, seconds=SECONDS, split=SPLIT)
+        asked = {question.family: question for question in world.questions()}
+        if asked.keys() == FAMILIES.keys():
+            return world, [asked[family] for family in FAMILIES]
+        number += 1
+
+
+def _judged(question: Question, answer: dict, without: dict) -> dict:
+    """An answer with ReTaKe and one without, beside the truth."""
+
+    def judge(text: str) -> dict:
+        text = text.strip()
+        if question.family == "when":
+            found = span_iou(text, question.span)
+            return {"text": text, "right": found >= ENOUGH, "iou": found}
+        if question.family == "caption":
+            return {"text": text, "right": text == question.answer, "events": event_score(text, question.answer)}
+        return {"text": text, "right": text == question.answer}
+
+    about = dataclasses.asdict(question)
+    told = {"family": question.family, "question": question.text, "truth": question.answer, "span": about["span"]}
+    return {**told, **judge(answer["text"]), "tokens": answer["tokens"], "without": judge(without["text"])}
 
 
 def report(result: dict) -> str:
     """The account as text."""
-    trace, plain = result["trace"], result["plain"]["trace"]
-    strongest = sorted(trace["keyframes"][1:], key=lambda patch: -patch["change"])[: len(result["cuts"])]
-    lines = []
-    for answer in result["answers"]:
-        lines += [f"> {answer['question']}", answer["text"], ""]
+    trace, plain, count = result["trace"], result["plain"]["trace"], len(result["answers"])
+    length = clock(result["video"]["duration"])
+    lines = [
+        f"A made-up video of {length}, and a tiny model that was trained on such videos of {TRAINED} seconds and less.",
+        "It answers from a quarter of the video's tokens.",
+        "",
+    ]
+    for one in result["answers"]:
+        lines += [f"{one['family']:9} {one['question']}", f"          {_told(one)}"]
+    without = result["right_without"]
     lines += [
-        f"{trace['frames']} frames of a {clock(result['video']['duration'])} video became {trace['tokens']:,} tokens.",
+        "",
+        f"{result['right']} of {count} answers are right; with all tokens kept {without} of {count} are.",
+        "",
+        f"{trace['frames']} frames of a {length} video became {trace['tokens']:,} tokens.",
         f"Cache without ReTaKe    {_megabytes(plain['cache_bytes'])}  ({plain['cache_length']:,} tokens a layer)",
         f"Cache with ReTaKe       {_megabytes(trace['cache_bytes'])}  ({trace['cache_length']:,} tokens a layer)",
-        f"The scene changes at    {'  '.join(map(clock, result['cuts']))}",
-        f"DPSelect sees most at   {'  '.join(clock(patch['time']) for patch in sorted(strongest, key=_time))}"
-        f"  ({len(result['cuts_marked'])} of {len(result['cuts'])} changes are marked)",
         "",
-        WEIGHTS,
+        f"{result['timeline']} shows what was seen and what was kept; --seed N makes another video.",
     ]
-    if result["kept_in"] is None:
-        lines.append("With --keep DIR the video, the checkpoint and a timeline figure stay.")
-    else:
-        lines.append(f"Everything is in {result['kept_in']}; the figure is {result['timeline']}.")
     return "\n".join(lines)
 
 
-def write_video(path: str | os.PathLike, *, seed: int = 0) -> Path:
-    """An H.264 video of shapes that drift over plain backgrounds, with a hard cut between scenes."""
-    rng = np.random.default_rng(seed)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"})
-        (stream.width, stream.height), stream.pix_fmt = SIZE, "yuv420p"
-        number = 0
-        for seconds, background, colours in SCENES:
-            scene = [_Shape(colour, rng) for colour in colours]
-            for n in range(seconds * FPS):
-                image = Image.new("RGB", SIZE, background)
-                for shape in scene:
-                    shape.draw(ImageDraw.Draw(image), n / FPS)
-                frame = av.VideoFrame.from_image(image)
-                frame.pts, frame.time_base = number, Fraction(1, FPS)
-                container.mux(stream.encode(frame))
-                number += 1
-        container.mux(stream.encode(None))
-    return Path(path)
-
-
-class _Shape:
-    """A disc, a square or a triangle on a slow orbit."""
-
-    def __init__(self, colour: tuple[int, int, int], rng: np.random.Generator):
-        self.colour, self.sides = colour, int(rng.choice([0, 3, 4]))
-        self.centre, self.phase = rng.uniform(0.3, 0.7, 2) * SIZE, rng.uniform(0, 2 * np.pi, 2)
-        self.radius, self.reach, self.speed = rng.uniform(18, 34), rng.uniform(30, 80), rng.uniform(0.2, 0.5, 2)
-
-    def draw(self, canvas: ImageDraw.ImageDraw, time: float) -> None:
-        x, y = self.centre + self.reach * np.cos(self.speed * time + self.phase) * (1, 0.6)
-        if self.sides:
-            canvas.regular_polygon((x, y, self.radius), self.sides, rotation=20 * time, fill=self.colour)
-        else:
-            canvas.ellipse((x - self.radius, y - self.radius, x + self.radius, y + self.radius), fill=self.colour)
+def _told(one: dict) -> str:
+    """An answer, and the truth where it is another."""
+    if one["right"]:
+        said = "right" if one["text"] == one["truth"] else f"right: {one['truth']} is exact"
+        return f"{one['text']}  ({said})"
+    more = f", {100 * one['events']:.0f} % of the events in order" if "events" in one else ""
+    return f"{one['text'] or '(nothing)'}  (wrong: {one['truth']}{more})"
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:6.1f} MB"
-
-
-def _time(patch: dict) -> float:
-    return patch["time"]
+    return f"{count / 1e6:6.2f} MB"

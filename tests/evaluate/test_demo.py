@@ -2,53 +2,80 @@
 
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import longvid_jax as lv
 from longvid_jax import cli
-from longvid_jax.evaluate import demo
+from longvid_jax.evaluate import assets, demo
+from longvid_jax.evaluate.metrics import span_iou
+from longvid_jax.video.synthetic import FAMILIES, World
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """The same demonstration with a shorter video."""
-    monkeypatch.setattr(demo, "SCENES", tuple((4, *scene[1:]) for scene in demo.SCENES))
+    monkeypatch.setattr(demo, "SECONDS", 24.0)
     monkeypatch.setenv("LONGVID_COMPILATION_CACHE", "0")
 
 
 def test_json_is_true(capsys, tmp_path):
     folder = tmp_path / "kept"
-    assert cli.main(["demo", "--json", "--keep", str(folder)]) == 0
+    assert cli.main(["demo", "--json", "--keep", str(folder), "--seed", "3"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["random_weights"] is True
-    assert result["cuts"] == result["cuts_marked"] == [4, 8, 12, 16]
-    assert {4, 8, 12, 16} <= {patch["time"] for patch in result["trace"]["keyframes"]}
-    assert result["trace"]["tokens_kept"] == result["trace"]["tokens"] // 4
-    assert result["plain"]["trace"]["tokens_kept"] == result["plain"]["trace"]["tokens"] == result["trace"]["tokens"]
-    assert result["plain"]["trace"]["cache_bytes"] == result["trace"]["cache_bytes_uncompressed"]
-    assert {path.name for path in folder.iterdir()} == {"checkpoint", "shapes.mp4", "timeline.png"}
+    assert {path.name for path in folder.iterdir()} == {"world.mp4", "world.json", "timeline.png"}
     with Image.open(result["timeline"]) as figure:
-        assert figure.width == 1800
-    # Anyone who loads what was kept gets what was said.
-    model = lv.load(folder / "checkpoint", method=lv.ReTaKe(keep_ratio=0.25))
-    questions = [answer["question"] for answer in result["answers"]]
-    answers = model.ask(lv.Video(folder / "shapes.mp4", fps=2), questions, max_new_tokens=32, temperature=0.2, seed=0)
-    assert [answer.text for answer in answers] == [answer["text"] for answer in result["answers"]]
+        assert figure.width > 1000
+
+    # The questions and truths are those of the world that it names, one of each family.
+    world = World(**result["world"])
+    truths = {question.text: question for question in world.questions()}
+    assert [one["family"] for one in result["answers"]] == list(FAMILIES)
+    for one in result["answers"]:
+        assert truths[one["question"]].answer == one["truth"]
+        expected = one["text"] == one["truth"]
+        if one["family"] == "when":
+            assert one["iou"] == span_iou(one["text"], truths[one["question"]].span)
+            expected = one["iou"] >= 0.5
+        assert one["right"] is expected
+    assert result["right"] == sum(one["right"] for one in result["answers"])
+    assert result["right_without"] == sum(one["without"]["right"] for one in result["answers"])
+
+    # Anyone who asks the shipped model about the file gets what was said.
+    checkpoint, questions = assets.path("qwen2vl_world"), [one["question"] for one in result["answers"]]
+    for method, said in ((demo.METHOD, lambda one: one), (None, lambda one: one["without"])):
+        answers = lv.load(checkpoint, method=method).ask(
+            lv.Video(folder / "world.mp4", fps=2), questions, max_new_tokens=demo.MAX_NEW_TOKENS
+        )
+        assert [answer.text.strip() for answer in answers] == [said(one)["text"] for one in result["answers"]]
+
+    trace, plain = result["trace"], result["plain"]["trace"]
+    assert trace["tokens_kept"] == trace["tokens"] // 4 and plain["tokens_kept"] == plain["tokens"] == trace["tokens"]
+    assert plain["cache_bytes"] == trace["cache_bytes_uncompressed"] > 2 * trace["cache_bytes"]
 
     report = demo.report(result)
-    assert "weights are random" in report and "mean nothing" in report
-    assert "0:04  0:08  0:12  0:16" in report and "4 of 4 changes are marked" in report
-    assert all(f"> {question}" in report for question in questions)
+    assert f"{result['right']} of 7 answers are right" in report
+    for one in result["answers"]:
+        assert one["question"] in report and one["text"] in report and (one["right"] or one["truth"] in report)
 
     assert cli.main(["demo", "--keep", str(folder)]) == 2  # and nothing of it is overwritten
     assert "not an empty folder" in capsys.readouterr().err
 
 
-def test_video_has_its_cuts(tmp_path):
-    video = lv.Video(demo.write_video(tmp_path / "v.mp4"), fps=10)
-    assert video.probe.duration == pytest.approx(20) and len(video) == 200
-    frames = np.concatenate([f.pixels[f.valid] for f in video.stream(50, (36, 64))]).astype(int)
-    change = np.abs(np.diff(frames, axis=0)).mean((1, 2, 3))
-    assert sorted((np.argsort(-change)[:4] + 1).tolist()) == [40, 80, 120, 160]
+def test_a_miss_is_told():
+    """Answers that are wrong are said to be, with the truth beside them."""
+    from longvid_jax.video.synthetic import Question
+
+    question = Question("needle", "What colour is the ring?", "red", ("red", "blue"), (1.0, 2.0), False)
+    one = demo._judged(question, {"text": "blue", "tokens": [1]}, {"text": "red"})
+    assert not one["right"] and one["without"]["right"]
+    assert "wrong: red" in demo._told(one)
+    when = Question("when", "When?", "from 2 to 4 seconds", (), (2.2, 4.1), False)
+    near = demo._judged(when, {"text": "from 2 to 5 seconds", "tokens": []}, {"text": "never"})
+    assert near["right"] and near["iou"] == pytest.approx(1.9 / 3) and not near["without"]["right"]
+    assert "right: from 2 to 4 seconds is exact" in demo._told(near)
+
+
+def test_seeds_give_other_worlds():
+    worlds = [demo._world(seed)[0] for seed in (0, 0, 1)]
+    assert worlds[0] == worlds[1] != worlds[2]
