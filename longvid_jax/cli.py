@@ -68,9 +68,9 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     top.add_argument("--version", action=_Version)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    demo = _command(commands, "demo", _demo, "try it: a video and a tiny model made on the spot, nothing to download")
-    demo.add_argument("--keep", metavar="DIR", help="keep the video, the checkpoint and the timeline figure in DIR")
-    demo.add_argument("--seed", type=int, default=0, help="of the video and of the weights (default: 0)")
+    demo = _command(commands, "demo", _demo, "try it: a made-up video and a tiny trained model, nothing to download")
+    demo.add_argument("--keep", metavar="DIR", help="keep the video, what happens in it and the timeline figure in DIR")
+    demo.add_argument("--seed", type=int, default=0, help="another one makes another video (default: 0)")
 
     _ask_arguments(_command(commands, "ask", _ask, "ask one or more questions about a video"))
 

@@ -21,7 +21,7 @@ from longvid_jax.video.synthetic import FAMILIES, Question, World, write_video
 
 MODEL = "qwen2vl_world"  # of the assets
 SECONDS = 240.0  # of the video
-TRAINED = 32  # seconds, of the videos that the model was trained on
+TRAINED = 64  # seconds, of the videos that the model was trained on
 LEVEL, SPLIT = "clear", "test"  # a split that the model has never seen
 METHOD = ReTaKe(keep_ratio=0.25, reforge=False)  # re-forged positions would tell another time
 FILE = {"size": (224, 224), "fps": 8}
