@@ -52,6 +52,16 @@ def test_questions_in_letters():
     assert by_family(asked, [one.answer for one in asked])["when"]["chance"] == pytest.approx(0.25)
 
 
+def test_worlds_that_are_rendered_once():
+    (one, *_), _ = world.ask(SHORT)
+    rendered = world.Rendered(one, SHORT)
+    times = SHORT.times(one)[1::3]
+    np.testing.assert_array_equal(rendered.render(times, SHORT.size), one.render(times, SHORT.size))
+    for times, size in ((times + 0.1, SHORT.size), (times, (56, 56)), (times + 100, SHORT.size)):
+        with pytest.raises(OptionError, match="only the frames of the setup"):
+            rendered.render(times, size)
+
+
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
