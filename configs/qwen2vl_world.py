@@ -76,13 +76,11 @@ def get_config(variant: str = "tiny"):
         _worlds(steps=500, batch_size=12, seconds=4.0, questions=10),
         _worlds(steps=700, batch_size=8, seconds=8.0, questions=14),
         _worlds(steps=2500, batch_size=8, seconds=16.0, questions=14),
-        # Later and wider apart than they are; then longer ones, and short ones again before the end.
+        # Later and wider apart than they are; then longer ones, and the short ones again.
         _worlds(steps=1500, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
         _worlds(steps=1000, batch_size=4, seconds=32.0, questions=20, offset=LONGEST - 128, stride=4),
         _worlds(steps=1000, batch_size=2, seconds=64.0, questions=28, offset=LONGEST - 256, stride=4),
-        _worlds(steps=500, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
-        _worlds(steps=400, batch_size=2, seconds=64.0, questions=28, offset=LONGEST - 256, stride=4),
-        _worlds(steps=300, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
+        _worlds(steps=1200, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
     )
     config.eval = _held_out(every=500, batches=12, batch_size=8, seconds=16.0)
     config.save.every = 250
