@@ -109,7 +109,9 @@ def _part(right: np.ndarray, here: np.ndarray) -> dict | None:
 
 
 def _chance(one: Asked) -> float:
-    """What guessing among the answers that the question could have earns."""
+    """What guessing among the answers that the question could have earns; a caption could be any of countless ones."""
+    if one.question.family == "caption" and not one.letters:
+        return 0.0
     count = len(one.question.choices)
     return 1 / (min(count, len(LETTERS)) if one.letters else count)
 
