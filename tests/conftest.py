@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,10 @@ os.environ.update(
 
 import jax
 import pytest
+
+# What a shell starts in the background ignores Ctrl-C, and so would all programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = 8
 NEEDS = {"parity": "torch", "tpu_compile": "libtpu"}  # marker -> the package without which its tests are deselected
