@@ -37,12 +37,11 @@ def run(arguments: argparse.Namespace) -> dict:
     if not 0 <= number < len(config.stages):
         raise OptionError(f"--stage is {number}, but {arguments.config} has the stages 0 to {len(config.stages) - 1}.")
     model, module = models.build(config)
-    batches = Curriculum(config, model)
-    start, task = sum(stage.steps for stage in config.stages[:number]), config.stages[number].task
+    batches, task = Curriculum(config, model).of_stages[number], config.stages[number].task
     count = min(arguments.steps, config.stages[number].steps - 1)
     if count < 1:
         raise OptionError(f"stage {number} of {arguments.config} has a single step; choose another one.")
-    update, schedule = optimizer.make(configs.plain(config.optim), len(batches))
+    update, schedule = optimizer.make(configs.plain(config.optim), sum(stage.steps for stage in config.stages))
     structure, state = init(
         module, update, models.trainable(config), tuple(config.frozen), compute_dtype=jnp.dtype(config.compute_dtype)
     )
@@ -52,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict:
         state, _, cost = steps.take(state, batch, task, compiling=contextlib.nullcontext)
         return state, cost
 
-    made = [batches[b] for b in range(start, start + count + 1)]
+    made = [batches[b] for b in range(count + 1)]
     ready = [dataclasses.replace(batch, arrays=on_device(batch.arrays, None)) for batch in made]
     for batch in ready:  # compiles every shape
         state, _ = take(state, batch)
@@ -66,7 +65,7 @@ def run(arguments: argparse.Namespace) -> dict:
         jax.block_until_ready(state)
         at_hand.append(time.perf_counter() - begin)
 
-        with Feed(batches, start, mesh=None, workers=config.workers, ahead=config.ahead) as feed:
+        with Feed(batches, 0, mesh=None, workers=config.workers, ahead=config.ahead) as feed:
             state, _ = take(state, feed.next(state.step)[0])  # the first comes when its makers have begun
             jax.block_until_ready(state)
             begin, waited = time.perf_counter(), 0.0

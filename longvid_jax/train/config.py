@@ -22,6 +22,7 @@ STAGE = {
     "sources": (),  # each {"kind": of train.tasks, "weight": 1.0, and that source's own arguments}
     "frames": (),  # buckets: numbers of frames, ascending
     "text": (),  # buckets: tokens beside the video's, ascending
+    "group": "",  # neighbours of one group are taken in turns, and not one after the other
 }
 BASE = {
     "seed": 0,

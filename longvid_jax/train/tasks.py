@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -88,36 +89,46 @@ def task(name: str) -> Task:
 
 
 class Curriculum:
-    """The batches of all stages, one after the other: batch b is that of step b, a function of (seed, b) alone."""
+    """The batches of all stages: batch b is that of step b, a function of (seed, b) alone.
+
+    Stages come one after the other, but neighbours of one `group` side by side, each spread evenly.
+    """
 
     def __init__(self, config, model: Model, *, process: int = 0, processes: int = 1):
         share = {"process": process, "processes": processes}
         self._stages = config.stages
-        self._ends = np.cumsum([stage.steps for stage in config.stages])
-        self._batches = [
+        self._numbers = _order([stage.steps for stage in config.stages], [stage.group for stage in config.stages])
+        self._sizes = np.array([stage.batch_size for stage in config.stages])[self._numbers]
+        self._own = np.zeros_like(self._numbers)  # the number of a step in its stage
+        for n, stage in enumerate(config.stages):
+            self._own[self._numbers == n] = np.arange(stage.steps)
+        self.of_stages = tuple(
             task(stage.task).batches(stage, model, seed=_seed(config.seed, n), **share)
             for n, stage in enumerate(config.stages)
-        ]
+        )
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._numbers)
 
     def stage(self, b: int):
-        return self._stages[self._number(b)]
+        return self._stages[self._numbers[b]]
 
     def examples(self, b: int) -> int:
         """How many there are before batch b, in all processes."""
-        starts = self._ends - [stage.steps for stage in self._stages]
-        done = np.clip(b - starts, 0, self._ends - starts)
-        return int(sum(n * stage.batch_size for n, stage in zip(done, self._stages, strict=True)))
+        return int(self._sizes[:b].sum())
 
     def __getitem__(self, b: int) -> Batch:
-        n = self._number(b)
-        batch = self._batches[n][b - int(self._ends[n - 1] if n else 0)]
+        batch = self.of_stages[self._numbers[b]][int(self._own[b])]
         return dataclasses.replace(batch, index=b)
 
-    def _number(self, b: int) -> int:
-        return int(np.searchsorted(self._ends, b, side="right"))
+
+def _order(steps: Sequence[int], groups: Sequence[str]) -> np.ndarray:
+    """int [all steps]: the number of the stage that each step belongs to."""
+    order = []
+    for _, members in itertools.groupby(range(len(steps)), lambda n: groups[n] or n):
+        turns = [((i + 0.5) / steps[n], n) for n in members for i in range(steps[n])]
+        order += [n for _, n in sorted(turns)]
+    return np.array(order)
 
 
 def _seed(seed: int, n: int) -> int:

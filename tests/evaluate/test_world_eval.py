@@ -57,9 +57,9 @@ def test_worlds_that_are_rendered_once():
     rendered = world.Rendered(one, SHORT)
     times = SHORT.times(one)[1::3]
     np.testing.assert_array_equal(rendered.render(times, SHORT.size), one.render(times, SHORT.size))
-    for times, size in ((times + 0.1, SHORT.size), (times, (56, 56)), (times + 100, SHORT.size)):
+    for others, size in ((times + 0.1, SHORT.size), (times, (56, 56)), (times + 100, SHORT.size)):
         with pytest.raises(OptionError, match="only the frames of the setup"):
-            rendered.render(times, size)
+            rendered.render(others, size)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,16 @@ def test_a_step_belongs_to_the_stage_it_falls_in(model):
         np.testing.assert_array_equal(array, other.arrays[name])
 
 
+def test_stages_of_a_group_are_taken_in_turns(model):
+    sizes = {"steps": 2}, {"steps": 4, "batch_size": 4, "group": "both"}, {"steps": 2, "group": "both"}, {"steps": 1}
+    curriculum = tasks.Curriculum(settings(*sizes), model)
+    assert [curriculum.stage(b).batch_size for b in range(9)] == [2, 2, 4, 2, 4, 4, 2, 4, 2]
+    assert [curriculum.examples(b) for b in range(10)] == [0, 2, 4, 8, 10, 14, 18, 20, 24, 26]
+    seen = [ids(curriculum[b]) for b in range(9)]
+    for n, steps in enumerate(((0, 1), (2, 4, 5, 7), (3, 6), (8,))):
+        assert [seen[b] for b in steps] == [ids(curriculum.of_stages[n][i]) for i in range(len(steps))]
+
+
 def test_another_seed_gives_other_examples(model):
     one, other = settings({"steps": 1, "batch_size": 8}), settings({"steps": 1, "batch_size": 8})
     other.seed = 1
