@@ -23,9 +23,11 @@ class WorldMoments:
       temporal, fps: a moment has `temporal` frames, 1 / fps seconds apart.
       size: (H, W) of a frame.
       bare: the share of worlds in which nothing comes or changes, so that only one or two things are in sight.
+      monochrome: the share of worlds that are shown in a single hue, so that shapes are learned without colours too.
 
     A batch has frames uint8 [B, moments * temporal, H, W, 3], and float32 [B, moments, len(THINGS)]: `things`, 1 for
-    what is in all of a moment's frames, and `unsure`, 1 for what is in some of them only.
+    what is in all of a moment's frames, and `unsure`, 1 for what is in some of them only. `coloured` float32
+    [B, moments] is 0 for what is shown in a single hue.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class WorldMoments:
         fps: float = 2.0,
         size: Sequence[int] = (56, 56),
         bare: float = 0.5,
+        monochrome: float = 0.0,
         process: int = 0,
         processes: int = 1,
     ):
         if batch_size % processes:
             raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
-        self.batch_size, self.seed, self.moments, self.temporal, self.bare = batch_size, seed, moments, temporal, bare
+        self.batch_size, self.seed, self.moments, self.temporal = batch_size, seed, moments, temporal
+        self.bare, self.monochrome = bare, monochrome
         self.world, self.fps, self.size = {"level": level, "split": split, "seconds": seconds}, fps, tuple(size)
         share = batch_size // processes
         self.mine = range(process * share, (process + 1) * share)
@@ -73,7 +77,16 @@ class WorldMoments:
         times = np.minimum(starts[:, None] + np.linspace(0, length, self.temporal), world.seconds)
         seen = np.array([[_seen(world, time) for time in moment] for moment in times], np.float32)
         always, ever = seen.min(axis=1), seen.max(axis=1)
-        return {"frames": world.render(times.reshape(-1), self.size), "things": always, "unsure": ever - always}
+        frames, coloured = world.render(times.reshape(-1), self.size), np.ones(self.moments, np.float32)
+        if rng.random() < self.monochrome:
+            frames, coloured = _in_one_hue(frames, rng), np.zeros_like(coloured)
+        return {"frames": frames, "things": always, "unsure": ever - always, "coloured": coloured}
+
+
+def _in_one_hue(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """uint8 [n, H, W, 3] as film of some sensitivity to red, green and blue, and some tint, would have them."""
+    brightness = frames @ rng.dirichlet(np.ones(3))
+    return (brightness[..., None] * rng.uniform(0.5, 1.0, 3)).astype(np.uint8)
 
 
 def _seen(world: World, time: float) -> list[bool]:

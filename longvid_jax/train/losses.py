@@ -98,7 +98,8 @@ def naming(
 
     A token says a word as far as its product with the word's embedding goes, and a picture as far as its tokens do
     (log-sum-exp); losses are sigmoid ones, as in SigLIP (arXiv 2303.15343), for first words, second words and both in
-    one token. So vision arrives in the space of words before the decoder has to look there.
+    one token; first words only where there are colours. So vision arrives in the space of words before the decoder has
+    to look there.
 
     batch: arrays of data.naming.WorldMoments, with K things. words: token numbers int [K, 2] of each thing's two words,
     the product of all first and all second ones in that order. known: bool [K], False for what is never told.
@@ -113,14 +114,15 @@ def naming(
     both = first[..., :, None] + second[..., None, :]
     here = batch["things"].reshape(-1, *table.shape[:2])
     sure = 1 - batch["unsure"].reshape(here.shape)
+    coloured = batch["coloured"].reshape(-1, 1)
     total, right = jnp.zeros(()), None
-    for said, truth, told, bias in (
-        (first, here.max(2), sure.min(2), BIAS),
-        (second, here.max(1), sure.min(1), BIAS),
-        (both, here, sure * np.asarray(known, np.float32).reshape(table.shape[:2]), 2 * BIAS),
+    for said, truth, told, bias, shown in (
+        (first, here.max(2), sure.min(2), BIAS, coloured),
+        (second, here.max(1), sure.min(1), BIAS, jnp.ones_like(coloured)),
+        (both, here, sure * np.asarray(known, np.float32).reshape(table.shape[:2]), 2 * BIAS, coloured[..., None]),
     ):
         logits = jax.nn.logsumexp(said.astype(jnp.float32), axis=1) + bias
-        told = jnp.maximum(told, truth)  # what is in sight of a word is told, whatever else may be
+        told = jnp.maximum(told, truth) * shown  # what is in sight of a word is told, whatever else may be
         total += (optax.sigmoid_binary_cross_entropy(logits, truth) * told).sum()
         right = ((logits > 0) == (truth > 0)) | (told == 0)
     return total, jnp.float32(here.shape[0]), {"right": right.all((1, 2)).sum(dtype=jnp.float32)}

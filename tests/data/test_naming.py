@@ -54,6 +54,20 @@ def test_bare_worlds_show_few_things_and_training_never_what_is_held_out():
     assert WorldMoments(16, seed=0, split="test")[0].arrays["things"][..., held].any()
 
 
+def test_worlds_in_a_single_hue():
+    """The same moments; of those without colours red, green and blue are one another's multiples."""
+    mixed, plain = WorldMoments(16, seed=3, moments=6, monochrome=0.5)[0].arrays, MADE[0].arrays
+    grey = mixed["coloured"][:, 0] == 0
+    assert 2 < grey.sum() < 14 and plain["coloured"].all()
+    np.testing.assert_array_equal(mixed["things"], plain["things"])
+    np.testing.assert_array_equal(mixed["frames"][~grey], plain["frames"][~grey])
+    for frames, before in zip(mixed["frames"][grey], plain["frames"][grey], strict=True):
+        flat = frames.reshape(-1, 3).astype(float)
+        for channel in (1, 2):
+            assert np.corrcoef(flat[:, 0], flat[:, channel])[0, 1] > 0.999
+        assert np.corrcoef(before.reshape(-1, 3).T)[0, 1] < 0.99
+
+
 @pytest.mark.parametrize("temporal", [1, 3])
 def test_frames_of_a_moment(temporal):
     batch = WorldMoments(2, seed=0, moments=4, temporal=temporal, size=(28, 56))[0].arrays
