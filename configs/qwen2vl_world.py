@@ -82,7 +82,7 @@ def get_config(variant: str = "tiny"):
         _worlds(steps=2300, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4, group="long"),
         _worlds(steps=1000, batch_size=4, seconds=32.0, questions=20, offset=LONGEST - 128, stride=4, group="long"),
         _worlds(steps=1800, batch_size=2, seconds=64.0, questions=28, offset=LONGEST - 256, stride=4, group="long"),
-        _naming(steps=1500, worlds=16, group="long"),
+        _naming(steps=1500, worlds=16, group="long", monochrome=0.1, recoloured=0.5),
     )
     config.eval = _held_out(every=1000, batches=12, batch_size=8, seconds=16.0)
     config.save.every = 250
@@ -94,9 +94,9 @@ def get_config(variant: str = "tiny"):
     return config
 
 
-def _naming(steps: int, worlds: int, size: int = SIZE, group: str = ""):
+def _naming(steps: int, worlds: int, size: int = SIZE, group: str = "", **shown):
     """The vision tower learns colours and shapes, some moments of many worlds at a time."""
-    source = {"kind": "moments", "size": (size, size), "monochrome": 0.4}
+    source = {"kind": "moments", "size": (size, size), "monochrome": 0.4} | shown
     return stage(task="naming", steps=steps, batch_size=worlds, sources=(source,), group=group)
 
 
