@@ -13,8 +13,6 @@ from longvid_jax.video.synthetic import COLOURS, HELD_OUT, SHAPES, Thing, World
 
 THINGS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
 
-ALIKE = 64.0  # how far apart two colours are, of 255 in each of red, green and blue, that may pass for one
-
 
 class WorldMoments:
     """A grain source of batches of moments from worlds, without an end; batch b is a function of (seed, b) alone.
@@ -97,17 +95,16 @@ def _in_one_hue(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _other_hues(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
-    """[3, 3], red, green and blue to others; none of the things comes to look like one that training never shows."""
+    """[3, 3], red, green and blue to others; none of the things comes to look most like one kept from training."""
     while True:
         mix = rng.dirichlet(np.full(3, 0.3), size=3).T * rng.uniform(0.75, 1.0)
-        looks = {thing: COLOURS[thing.colour] @ mix for thing in things}
-        if all(
-            np.linalg.norm(look - COLOURS[other.colour]) > ALIKE
-            for thing, look in looks.items()
-            for other in HELD_OUT
-            if other.shape == thing.shape
-        ):
+        if HELD_OUT.isdisjoint(Thing(_nearest(COLOURS[colour] @ mix), shape) for colour, shape in things):
             return mix
+
+
+def _nearest(rgb: np.ndarray) -> str:
+    """The colour with a name that is the least far away."""
+    return min(COLOURS, key=lambda name: float(np.linalg.norm(rgb - COLOURS[name])))
 
 
 def _seen(world: World, time: float) -> list[bool]:
