@@ -55,6 +55,7 @@ def get_config(variant: str = "tiny"):
     config.optim.rule = "muon"
     config.optim.lr = 3e-3
     config.optim.b2 = 0.99
+    config.optim.weight_decay = 0.1
     config.optim.floor = 0.02
     if variant == "smoke":
         config.model = SMOKE
@@ -73,16 +74,17 @@ def get_config(variant: str = "tiny"):
     config.stages = (
         _naming(steps=3000, worlds=16),
         _worlds(steps=300, batch_size=16, seconds=2.0, questions=6),
-        _worlds(steps=500, batch_size=12, seconds=4.0, questions=10),
-        _worlds(steps=700, batch_size=8, seconds=8.0, questions=14),
-        _worlds(steps=2500, batch_size=8, seconds=16.0, questions=14),
-        # Later and wider apart than they are; then longer ones, and the short ones again.
-        _worlds(steps=1500, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
-        _worlds(steps=1000, batch_size=4, seconds=32.0, questions=20, offset=LONGEST - 128, stride=4),
-        _worlds(steps=1000, batch_size=2, seconds=64.0, questions=28, offset=LONGEST - 256, stride=4),
-        _worlds(steps=1200, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4),
+        _worlds(steps=400, batch_size=12, seconds=4.0, questions=10),
+        _worlds(steps=600, batch_size=8, seconds=8.0, questions=14),
+        _worlds(steps=1800, batch_size=8, seconds=16.0, questions=14, group="short"),
+        _naming(steps=600, worlds=16, group="short"),
+        # Long ones too, later and wider apart than they are.
+        _worlds(steps=2300, batch_size=8, seconds=16.0, questions=14, offset=LONGEST - 64, stride=4, group="long"),
+        _worlds(steps=1000, batch_size=4, seconds=32.0, questions=20, offset=LONGEST - 128, stride=4, group="long"),
+        _worlds(steps=1800, batch_size=2, seconds=64.0, questions=28, offset=LONGEST - 256, stride=4, group="long"),
+        _naming(steps=1500, worlds=16, group="long", monochrome=0.1, recoloured=0.5),
     )
-    config.eval = _held_out(every=500, batches=12, batch_size=8, seconds=16.0)
+    config.eval = _held_out(every=1000, batches=12, batch_size=8, seconds=16.0)
     config.save.every = 250
     config.save.dtype = "bfloat16"
     config.pixels.min_pixels = config.pixels.max_pixels = SIZE * SIZE
@@ -92,15 +94,23 @@ def get_config(variant: str = "tiny"):
     return config
 
 
-def _naming(steps: int, worlds: int, size: int = SIZE):
+def _naming(steps: int, worlds: int, size: int = SIZE, group: str = "", **shown):
     """The vision tower learns colours and shapes, some moments of many worlds at a time."""
-    return stage(task="naming", steps=steps, batch_size=worlds, sources=({"kind": "moments", "size": (size, size)},))
+    source = {"kind": "moments", "size": (size, size), "monochrome": 0.4} | shown
+    return stage(task="naming", steps=steps, batch_size=worlds, sources=(source,), group=group)
 
 
-def _worlds(steps: int, batch_size: int, seconds: float, questions: int, size: int = SIZE, **positions):
+def _worlds(
+    steps: int, batch_size: int, seconds: float, questions: int, size: int = SIZE, group: str = "", **positions
+):
     source = {"kind": "world", "count": 10_000_000, "seconds": (seconds,), "size": (size, size), "questions": questions}
     return stage(
-        steps=steps, batch_size=batch_size, sources=(source | positions,), frames=(int(seconds * FPS),), text=TEXT
+        steps=steps,
+        batch_size=batch_size,
+        sources=(source | positions,),
+        frames=(int(seconds * FPS),),
+        text=TEXT,
+        group=group,
     )
 
 

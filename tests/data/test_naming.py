@@ -68,6 +68,23 @@ def test_worlds_in_a_single_hue():
         assert np.corrcoef(before.reshape(-1, 3).T)[0, 1] < 0.99
 
 
+def test_worlds_in_other_hues():
+    """The same moments in other colours, which make of nothing in sight the likeness of a pair kept from training."""
+    mixed, plain = WorldMoments(16, seed=3, moments=6, recoloured=0.7)[0].arrays, MADE[0].arrays
+    other = mixed["coloured"][:, 0] == 0
+    assert 4 < other.sum() < 16
+    np.testing.assert_array_equal(mixed["things"], plain["things"])
+    np.testing.assert_array_equal(mixed["frames"][~other], plain["frames"][~other])
+    for row in np.flatnonzero(other):
+        before, after = (batch["frames"][row].reshape(-1, 3).astype(float) for batch in (plain, mixed))
+        mix, *_ = np.linalg.lstsq(before, after + 0.5)
+        assert np.abs(before @ mix - after).max() < 2  # one linear map of red, green and blue, rounded down
+        assert np.abs(mix - np.eye(3)).max() > 0.1
+        for k in np.flatnonzero((plain["things"] + plain["unsure"])[row].any(0)):
+            apart = [np.linalg.norm(np.array(COLOURS[THINGS[k].colour]) @ mix - rgb) for rgb in COLOURS.values()]
+            assert (list(COLOURS)[int(np.argmin(apart))], THINGS[k].shape) not in HELD_OUT
+
+
 @pytest.mark.parametrize("temporal", [1, 3])
 def test_frames_of_a_moment(temporal):
     batch = WorldMoments(2, seed=0, moments=4, temporal=temporal, size=(28, 56))[0].arrays
