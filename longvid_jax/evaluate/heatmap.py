@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from longvid_jax.errors import OptionError
 from longvid_jax.evaluate import world
 from longvid_jax.evaluate.results import Results
-from longvid_jax.evaluate.world import APART, Setup
+from longvid_jax.evaluate.world import APART, Asked, Setup
 from longvid_jax.systems.retake import ReTaKe, RetakeModel
-from longvid_jax.video.synthetic import World
+from longvid_jax.video.synthetic import COLOURS, SHAPES, World
 
 LENGTHS = (1, 2, 4, 8, 16, 32)  # times the plain model's
 DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 KEEP_RATIO = 0.25
 WAYS = ("plain", "retake", "budget")
+KINDS = 3  # of questions on a needle, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +32,7 @@ class Plan:
 
     def at(self, length: int) -> tuple[Setup, list[World]]:
         """The worlds of a length, those of one depth side by side."""
-        setup = dataclasses.replace(
-            self.setup,
-            seconds=self.setup.seconds * length,
-            questions=1,
-            families=("needle",),
-            examples=self.needles * len(self.depths),
-        )
+        setup = dataclasses.replace(self.setup, seconds=self.setup.seconds * length)
         worlds = [
             World.needle(
                 setup.seed * APART + n,
@@ -61,7 +57,7 @@ def run(model: RetakeModel, plan: Plan, results: Results, progress: Callable[[st
     accuracy = {way: np.zeros((len(plan.depths), len(plan.lengths))) for way in methods}
     for column, length in enumerate(plan.lengths):
         setup, worlds = plan.at(length)
-        _, asked = world.ask(setup, worlds=worlds)
+        asked = questions(worlds)
         for way, method in methods.items():
             key = {
                 "benchmark": "needles",
@@ -96,10 +92,22 @@ def run(model: RetakeModel, plan: Plan, results: Results, progress: Callable[[st
     }
 
 
+def questions(worlds: Sequence[World]) -> list[Asked]:
+    """A question on each: which colour or which shape the needle has. What it is altogether can be asked only where
+    nothing else happens, and so is no question of any other world."""
+    asked = []
+    for n, one in enumerate(worlds):
+        question = next((q for q in one.questions(KINDS, ("needle",)) if q.answer in (*COLOURS, *SHAPES)), None)
+        if question is None:
+            raise OptionError(f"worlds of {one.seconds:g} seconds give too few questions; make them longer.")
+        asked.append(Asked(n, question, question.text, question.answer))
+    return asked
+
+
 def _budget(model: RetakeModel, plan: Plan) -> int:
     """Tokens that the plain model has in its cache for a video of the shortest length: text and video."""
     setup, worlds = plan.at(min(plan.lengths))
-    _, asked = world.ask(setup, worlds=worlds)
+    asked = questions(worlds[:1])
     memory = model.begin(asked[0].text)
     text = int(memory.start[0]) + int((memory.prompt[0] >= 0).sum())
     vision = model.model.config.vision

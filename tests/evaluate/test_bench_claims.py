@@ -125,8 +125,10 @@ def test_needles_lie_where_they_should():
     ends = np.array([one.events[0].end for one in worlds]).reshape(3, 3)
     assert setup.seconds == 64 and (starts[0] == 0).all() and (ends[2] == 64).all()
     np.testing.assert_allclose((starts + ends)[1] / 2, 32)
-    _, asked = world.ask(setup, worlds=worlds)
+    asked = heatmap.questions(worlds)
     assert [one.video for one in asked] == list(range(9)) and {one.question.family for one in asked} == {"needle"}
+    for one, whole in zip(asked, worlds, strict=True):  # a colour or a shape: never both, which other worlds never ask
+        assert one.answer in whole.events[0].thing and one.text == one.question.text
     assert all(one.split == "test" and len(one.events) == 1 for one in worlds)
 
 
@@ -135,7 +137,7 @@ def test_needles_of_known_answers(checkpoint):
     results, model = Results(None, {}), lv.load(checkpoint)
     for length in plan.lengths:
         setup, worlds = plan.at(length)
-        _, asked = world.ask(setup, worlds=worlds)
+        asked = heatmap.questions(worlds)
         for way in heatmap.WAYS:
             told = [one.answer if one.video < (4 if way == "plain" else length) else "?" for one in asked]
             key = {"benchmark": "needles", "way": way, "length": length, "depths": [0.0, 1.0], "needles": 2}
