@@ -12,7 +12,7 @@ from longvid_jax.errors import OptionError
 from longvid_jax.video.synthetic import COLOURS, HELD_OUT, SHAPES, Thing, World
 
 THINGS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
-TRIES = 1000
+TRIES = 1000  # to find colours without names; a world of few things takes some
 
 
 class WorldMoments:
