@@ -89,15 +89,15 @@ class Asked:
     letters: bool = False  # the answer is the letter of a choice
 
 
-def ask(setup: Setup, *, worlds: Sequence[World] | None = None) -> tuple[list[World], list[Asked]]:
-    """The worlds of a setup (or those given) and exactly its number of questions on them, in order.
+def ask(setup: Setup) -> tuple[list[World], list[Asked]]:
+    """The worlds of a setup and exactly its number of questions on them, in order.
 
     Raises OptionError where worlds of this length give no questions.
     """
     chosen, asked = [], []
-    while len(asked) < setup.examples and (worlds is None or len(chosen) < len(worlds)):
+    while len(asked) < setup.examples:
         number = len(chosen)
-        world = setup.world(number) if worlds is None else worlds[number]
+        world = setup.world(number)
         chosen.append(world)
         for n, question in enumerate(world.questions(setup.questions, setup.families)):
             text, answer = question.text, question.answer
