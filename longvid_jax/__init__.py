@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 _HOME = {
     "load": "systems.loading",
     "ReTaKe": "systems.retake",
+    "AdaCM2": "systems.adacm2",
     "Video": "video",
     "Frames": "video",
     "fork": "memory.state",

@@ -1,12 +1,14 @@
 """The library's own checkpoint folder: `params/`, written by Orbax, and beside it what a model needs besides.
 
-config.json, tokenizer files, chat template, ...   as they were in the Hugging Face folder
+config.json, tokenizer files, chat template, ...   as they were in the Hugging Face folder, InstructBLIP's
+                                                   second tokenizer in its qformer_tokenizer/
 provenance.json                                    where the parameters came from, a checksum of each, and file sizes
 params/                                            plain nested dicts, each layer its own: layers/03/mlp/up/kernel
 """
 
 import json
 import math
+import shutil
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +17,7 @@ import jax
 import numpy as np
 
 from longvid_jax import checkpoint
-from longvid_jax.convert.source import BESIDE, read_json
+from longvid_jax.convert.source import BESIDE, TOKENIZER_FOLDER, read_json
 from longvid_jax.errors import CheckpointError
 
 PARAMS, PROVENANCE, CONFIG = "params", "provenance.json", "config.json"
@@ -96,10 +98,18 @@ def _check_sizes(folder: Path, expected: Mapping[str, int]) -> None:
 
 def files_beside(folder: Path) -> list[Path]:
     """What belongs to a model besides its weights and its config: tokenizer, chat template, generation config, ..."""
-    found = {file for pattern in BESIDE for file in folder.glob(pattern) if file.is_file()}
+    patterns = [f"{below}{pattern}" for below in ("", f"{TOKENIZER_FOLDER}/") for pattern in BESIDE]
+    found = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     return sorted(
         file for file in found if file.name not in (CONFIG, PROVENANCE) and not file.name.endswith(".index.json")
     )
+
+
+def copy_beside(file: Path, folder: Path) -> None:
+    """Copies a file that files_beside gave into another model's folder, to where it was in its own."""
+    below = folder / TOKENIZER_FOLDER if file.parent.name == TOKENIZER_FOLDER else folder
+    below.mkdir(exist_ok=True)
+    shutil.copyfile(file, below / file.name)
 
 
 def checksum(array: np.ndarray) -> int:

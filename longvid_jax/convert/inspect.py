@@ -27,7 +27,8 @@ def describe(path_or_id: str | Path, revision: str | None = None) -> dict:
     It has name, path, model_type and architectures; kind, "huggingface" or "longvid_jax" (a converted one); supported,
     what it is to this library ("llama", ...) or None; parameters and bytes; dtypes, the parameters of each; files, the
     bytes of tensors in each; and tensors, each with key, file, shape, dtype and bytes. In a Hugging Face folder each
-    becomes a parameter's path, "ignored", or None where no rule knows the key. In a converted one each key is a path
+    becomes a parameter's path, "ignored", or None where no rule knows the key, and has stored_as, its keys in the files
+    where they differ (see convert.lavis). In a converted one each key is a path
     and comes_from a Hugging Face key, and there is provenance: source, revision, files, table, dtype, versions.
     Raises CheckpointError as open_weights does.
     """
@@ -64,7 +65,7 @@ def _tensors(source: Source, table: Table | None) -> list[dict]:
     def becomes(key: str) -> str | None:
         if table is None:
             return None
-        if table.tied and source.config.get("tie_word_embeddings") and table.spelling(key) == table.tied[0]:
+        if table.tied and _ties(source.config) and table.spelling(key) == table.tied[0]:
             return table.target(table.tied[1])[0]
         return IGNORED if table.is_ignored(key) else (table.target(key) or (None,))[0]
 
@@ -76,9 +77,15 @@ def _tensors(source: Source, table: Table | None) -> list[dict]:
             "dtype": info.dtype,
             "bytes": info.nbytes,
             "becomes": becomes(key),
+            **({"stored_as": list(stored)} if (stored := source.stored[key]) != (key,) else {}),
         }
         for key, info in source.tensors.items()
     ]
+
+
+def _ties(config: dict) -> bool:
+    """Whether the output layer is the embedding: it is the language model's config that says so, where it is apart."""
+    return {**config, **(config.get("text_config") or {})}.get("tie_word_embeddings", False)
 
 
 def _arrays(checkpoint: Checkpoint, table: Table | None) -> list[dict]:

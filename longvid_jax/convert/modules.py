@@ -1,5 +1,7 @@
 """From stored weights to a bare module, whichever model they are of and however they are stored."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -11,13 +13,20 @@ from longvid_jax.convert.load import Shardings, check_finite, checked_dtype, fil
 from longvid_jax.convert.source import Source, open_source
 from longvid_jax.convert.tables import architecture, table_for
 from longvid_jax.errors import CheckpointError
+from longvid_jax.models.bert import Bert, BertConfig
+from longvid_jax.models.instructblip import DECODERS, InstructBlip, InstructBlipConfig, language_model
 from longvid_jax.models.llama import Decoder, DecoderConfig
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from longvid_jax.models.towers import Towers, TowersConfig
 
 NETWORKS = {
     "llama": (Decoder, DecoderConfig),
     "qwen2": (Decoder, DecoderConfig),
     "qwen2_vl": (Qwen2VL, Qwen2VLConfig),
+    "bert": (Bert, BertConfig),
+    "instructblip": (InstructBlip, InstructBlipConfig),
+    "blip-2": (InstructBlip, InstructBlipConfig),
+    "world_towers": (Towers, TowersConfig),
 }
 
 
@@ -45,12 +54,14 @@ def from_huggingface(
     dtype: of all parameters; None keeps what is stored. stacked: layers as one scanned stack instead of a tuple.
     shardings: from a leaf's path and shape to its sharding (models.sharding.parameter_sharding with a mesh, say);
         None: all on the first local device.
-    part: only this part of the model, "vision" or "text" of a Qwen2-VL; the others are not read.
+    part: only this part of the model, "vision" or "text" of a Qwen2-VL, "qformer" of an InstructBLIP; the others are
+        not read, and a language model that is not known does not matter.
     revision: of a hub id.
     Raises CheckpointError with all that does not fit.
     """
     weights = open_weights(path_or_id, revision)
-    return build(weights, network_config(weights), dtype=dtype, stacked=stacked, shardings=shardings, part=part)
+    settings = network_config(weights, part)
+    return build(weights, settings, dtype=dtype, stacked=stacked, shardings=shardings, part=part)
 
 
 def build(weights: Source | Checkpoint, config, *, dtype=None, stacked=False, shardings=None, part=None):
@@ -81,8 +92,11 @@ def abstract(config: dict, settings, *, stacked: bool = False):
         ) from error
 
 
-def network_config(weights) -> DecoderConfig | Qwen2VLConfig:
-    """What fixes the network, from `.config` (and `.name`, for errors); CheckpointError where none can be built."""
+def network_config(weights, part: str | None = None):
+    """What fixes the network: a DecoderConfig, Qwen2VLConfig, ...; CheckpointError where none can be built.
+
+    weights: a checkpoint, or just what has its `.config` and, for errors, `.name`. part: all that is to be built of it.
+    """
     _, reader = NETWORKS[architecture(weights.config)]
     try:
         settings = reader.from_huggingface(weights.config)
@@ -92,7 +106,20 @@ def network_config(weights) -> DecoderConfig | Qwen2VLConfig:
         ) from error
     if isinstance(settings, Qwen2VLConfig):
         _check_qwen2_vl(weights.name, settings)
+    if isinstance(settings, InstructBlipConfig) and settings.text is None and part is None:
+        raise CheckpointError(
+            f"{weights.name}: its language model is of type '{language_model(weights.config)}', and only "
+            f"{' and '.join(DECODERS)} are known; load a part of it, 'vision' or 'qformer', or one with a Vicuna."
+        )
+    if isinstance(settings, BertConfig) and "add_pooling_layer" not in weights.config:
+        settings = dataclasses.replace(settings, pooler=_has_pooler(weights))
     return settings
+
+
+def _has_pooler(weights) -> bool:
+    """Whether a BERT has its pooler, which config.json does not say; True where there are no weights yet."""
+    keys = getattr(weights, "tensors", None) or getattr(weights, "arrays", None)
+    return keys is None or any(re.search(r"(^|\.|/)pooler[./]", key) for key in keys)
 
 
 def _check_qwen2_vl(name: str, config: Qwen2VLConfig) -> None:

@@ -64,15 +64,19 @@ class Transpose:
 
 @dataclass(frozen=True)
 class PatchKernel:
-    """A Conv3d over patches: weight [D, channels, frames, patch, patch], kernel [channels * frames * patch^2, D]."""
+    """A Conv3d over patches: weight [D, channels, frames, patch, patch], kernel [channels * frames * patch^2, D].
+
+    frames None: a Conv2d, whose weight has no axis for them.
+    """
 
     axis: ClassVar[int] = 1
     channels: int
-    frames: int
+    frames: int | None
     patch: int
 
     def source_shape(self, target):
-        inner = (self.channels, self.frames, self.patch, self.patch)
+        frames = () if self.frames is None else (self.frames,)
+        inner = (self.channels, *frames, self.patch, self.patch)
         return (target[1], *inner) if len(target) == 2 and target[0] == np.prod(inner) else None
 
     def read(self, read, index):
@@ -82,6 +86,22 @@ class PatchKernel:
 
     def invert(self, leaf):
         return leaf.T.reshape(self.source_shape(leaf.shape))
+
+
+@dataclass(frozen=True)
+class Leading:
+    """A parameter that has a further, leading axis of length 1 there: learned tokens and positions."""
+
+    axis: ClassVar[int] = 0
+
+    def source_shape(self, target):
+        return (1, *target)
+
+    def read(self, read, index):
+        return read((slice(None), *index))[0]
+
+    def invert(self, leaf):
+        return leaf[None]
 
 
 def _turned(x: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from longvid_jax.convert.folder import CONFIG
+from longvid_jax.convert.folder import CONFIG, copy_beside
 from longvid_jax.convert.load import checked_dtype
 from longvid_jax.convert.ops import Op
 from longvid_jax.convert.pickled import SUFFIXES
-from longvid_jax.convert.source import INDEX
+from longvid_jax.convert.source import INDEX, TOKENIZER_FOLDER
 from longvid_jax.convert.tables import Table, class_name
 from longvid_jax.convert.target import written
 from longvid_jax.errors import CheckpointError
@@ -52,8 +51,9 @@ def write_huggingface(
     max_shard_bytes: of the tensors in one file, unless a single tensor is larger; what fits makes one file, more make
         several with an index. Layers follow each other in the order of their numbers.
     beside: files that are copied into the folder, such as a tokenizer's; config.json and weights are not among them.
-    overwrite: a model (a folder with a config.json and weights, and none below it) at `folder` is replaced once the
-        new one is whole.
+        One whose own folder is called qformer_tokenizer goes into a folder of that name.
+    overwrite: a model (a folder with a config.json and weights, and none below it but a qformer_tokenizer) at `folder`
+        is replaced once the new one is whole.
     progress: is called with the bytes of each tensor when they are written.
 
     The `values` of each part are asked for once, one part after the other: host memory holds one of them and one copy
@@ -80,7 +80,7 @@ def write_huggingface(
     needed = split.metadata["total_size"] + sum(file.stat().st_size for file in copied)
     with written(folder, needed, overwrite, _is_huggingface) as unfinished:
         for file in copied:
-            shutil.copyfile(file, unfinished / file.name)
+            copy_beside(file, unfinished)
         for name, content in texts.items():
             (unfinished / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, keys in split.filename_to_tensors.items():
@@ -95,8 +95,9 @@ def _renamed(value, named: dict[str, str]):
 
 def _is_huggingface(folder: Path) -> bool:
     """Whether the folder is a model and nothing more, such as a training's checkpoints beside it, would be lost."""
-    files = list(folder.iterdir())
-    weights = any(file.suffix in (".safetensors", *SUFFIXES) for file in files)
+    weights = any(file.suffix in (".safetensors", *SUFFIXES) for file in folder.iterdir())
+    tokenizer = folder / TOKENIZER_FOLDER
+    files = (file for file in [*folder.iterdir(), *tokenizer.glob("*")] if file != tokenizer)
     return weights and (folder / CONFIG).is_file() and all(file.is_file() for file in files)
 
 

@@ -13,20 +13,22 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Run-time constants of a Qwen2-VL checkpoint."""
+    """Run-time constants of a checkpoint that sees."""
 
-    video_token: int
+    video_token: int | None  # stands for what is seen; an InstructBLIP may have none, and sees before all words
     image_token: int | None
     stop_tokens: tuple[int, ...]
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    size: tuple[int, int] | None = None  # height and width of all frames, where the model has one size
 
     @classmethod
     def from_folder(cls, folder: Path, config: dict) -> "Settings":
         """Reads config.json (given), generation_config.json and the processor's file, of either generation."""
-        if "video_token_id" not in config:
+        video_token = config.get("video_token_id", config.get("image_token_index"))
+        if video_token is None and config.get("model_type") == "qwen2_vl":
             raise CheckpointError(
                 "config.json has no 'video_token_id', without which a video has no place in a prompt; add it."
             )
@@ -38,13 +40,14 @@ class Settings:
         videos = {**images, **_read(folder / "video_preprocessor_config.json")}
         size = videos.get("size") or {}
         return cls(
-            video_token=config["video_token_id"],
+            video_token=video_token,
             image_token=config.get("image_token_id"),
             stop_tokens=tuple(stop),
             min_pixels=videos.get("min_pixels") or size.get("shortest_edge") or MIN_PIXELS,
             max_pixels=videos.get("max_pixels") or size.get("longest_edge") or MAX_PIXELS,
             mean=tuple(videos.get("image_mean") or CLIP_MEAN),
             std=tuple(videos.get("image_std") or CLIP_STD),
+            size=(size["height"], size["width"]) if {"height", "width"} <= size.keys() else None,
         )
 
 

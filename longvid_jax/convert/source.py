@@ -5,6 +5,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from longvid_jax.convert import pickled
+from longvid_jax.convert import lavis, pickled
 from longvid_jax.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -20,6 +21,8 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFERRED = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")  # as transformers does
 # Configs, indexes, tokenizer, chat template, licence: what a model needs besides weights. No code, whatever it says.
 BESIDE = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+# A folder beside the weights that belongs to the model, too: InstructBLIP's second tokenizer, the Q-Former's.
+TOKENIZER_FOLDER = "qformer_tokenizer"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
@@ -42,33 +45,42 @@ class Source:
     """A checkpoint whose headers have been read.
 
     `.name` as it was asked for, its folder `.path`, the `.revision` that a hub's snapshot is (a commit hash; None for
-    other folders), its `.config`, its `.files` with weights, and `.tensors` by key.
+    other folders), its `.config`, its `.files` with weights, and `.tensors` by key. Those of a LAVIS checkpoint have
+    the keys that Hugging Face would give them (see convert.lavis); `.stored` says of each what it is in the files.
     """
 
     def __init__(self, name: str, path: Path):
         self.name, self.path = name, path
         self.revision = path.name if path.parent.name == "snapshots" and COMMIT.fullmatch(path.name) else None
         self.config = read_json(path / CONFIG)
-        self.tensors: dict[str, TensorInfo] = {}
+        self._headers: dict[str, TensorInfo] = {}
         self.files, placed = _weight_files(path)
         self._pickles = pickled.Reader()
         for file in self.files:
             for key, info in _tensors(file).items():
-                if key in self.tensors:
+                if key in self._headers:
                     raise CheckpointError(
-                        f"{file}: the tensor {key} is also in {self.tensors[key].file.name}; keep one."
+                        f"{file}: the tensor {key} is also in {self._headers[key].file.name}; keep one."
                     )
-                self.tensors[key] = info
+                self._headers[key] = info
         for name in sorted(set(placed.values())):
             wanted = (key for key in placed if placed[key] == name)
-            if lost := sorted(key for key in wanted if key not in self.tensors or self.tensors[key].file.name != name):
+            if lost := sorted(k for k in wanted if k not in self._headers or self._headers[k].file.name != name):
                 raise CheckpointError(
                     f"{path / name} does not hold {', '.join(lost)}, which the index places there; fetch both again."
                 )
+        self.stored: dict[str, tuple[str, ...]] = lavis.names(self.config, self._headers)
+        self.tensors = {key: lavis.joined([self._headers[k] for k in names]) for key, names in self.stored.items()}
 
     def read(self, key: str, index: Index = ()) -> np.ndarray:
         """The tensor `key` (of a type in DTYPES), or only what `index`, slices of its leading axes, picks of it."""
-        info = self.tensors[key]
+        first, *more = self.stored[key]
+        if not more:
+            return self._read(first, index)
+        return lavis.qkv_bias(self._read(first, ()), *(self._read(name, ()) for name in more))[index]
+
+    def _read(self, key: str, index: Index) -> np.ndarray:
+        info = self._headers[key]
         if info.offset is None:
             return self._pickles.read(info.file, key, index)
         # Mapped for this one read: the pages of a file that stays mapped would count as memory of the process.
@@ -102,7 +114,10 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{file.parent} holds no {file.name}; give a Hugging Face checkpoint folder.") from None
+        raise CheckpointError(
+            f"{file.parent} holds no {file.name}; give a Hugging Face checkpoint folder, or put one of the right "
+            "model_type (instructblip or blip-2 for a checkpoint of LAVIS) beside the weights."
+        ) from None
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
@@ -129,7 +144,7 @@ def _fetch_all(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    folder = _fetch(hub_id, revision, BESIDE)
+    folder = _fetch(hub_id, revision, BESIDE, ignored=["*/*"])
     try:
         there = [file.path for file in get_cached_repo_tree(hub_id, revision=folder.name)]
     except CachedRepoTreeNotFoundError:  # not fetched now, nor by a client that would have kept the list
@@ -137,15 +152,16 @@ def _fetch_all(hub_id: str, revision: str | None) -> Path:
     chosen = _chosen(there)
     if chosen and chosen[0].endswith(".index.json"):
         chosen = sorted(set(_weight_map(folder / chosen[0]).values()))
-    return _fetch(hub_id, folder.name, chosen) if chosen else folder
+    tokenizer = [n for n in there if any(fnmatch(n, f"{TOKENIZER_FOLDER}/{p}") for p in BESIDE) and n.count("/") == 1]
+    return _fetch(hub_id, folder.name, chosen + tokenizer) if chosen + tokenizer else folder
 
 
-def _fetch(hub_id: str, revision: str | None, names: list[str]) -> Path:
+def _fetch(hub_id: str, revision: str | None, names: list[str], ignored: list[str] | None = None) -> Path:
     """The snapshot with the files of these names or patterns, from the hub or, without network, from the cache."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=names, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=names, ignore_patterns=ignored))
     except Exception as error:  # the hub's client raises its own, httpx's and the system's errors
         raise CheckpointError(_hub_fault(hub_id, revision, error)) from error
 

@@ -8,8 +8,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from longvid_jax.convert.ops import Keep, Op, PatchKernel, Transpose
+from longvid_jax.convert.ops import Keep, Leading, Op, PatchKernel, Transpose
 from longvid_jax.errors import CheckpointError
+from longvid_jax.models.eva_vit import EvaConfig
+from longvid_jax.models.instructblip import DECODERS, language_model
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Table:
 
     prefixes: (other spelling, ours) of the beginnings of source keys; the first that fits is used.
     ignored: regular expressions of source keys that hold no parameter (buffers of old versions of transformers).
+    endings: (other spelling, ours) of the ends of source keys.
     tied: (a, b): the tensor a may be there although the model has no leaf for it, since it shares b's; it must equal b.
     """
 
@@ -34,9 +37,13 @@ class Table:
     prefixes: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     tied: tuple[str, str] | None = None
+    endings: tuple[tuple[str, str], ...] = ()
 
     def spelling(self, key: str) -> str:
-        """A source key with the prefix that the rules are written in."""
+        """A source key with the prefix and the ending that the rules are written in."""
+        for other, ours in self.endings:
+            if key.endswith(other):
+                key = key[: -len(other)] + ours
         for other, ours in self.prefixes:
             if key.startswith(other):
                 return ours + key[len(other) :]
@@ -80,17 +87,17 @@ def _layer_norm(source: str, target: str) -> list[Rule]:
     return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
 
 
-def _decoder(root: str = "") -> list[Rule]:
-    """Llama and Qwen2: they differ by the biases that a checkpoint has."""
-    source, target = "model.layers.{n}", f"{root}layers/{{n}}"
+def _decoder(root: str = "", there: str = "") -> list[Rule]:
+    """Llama and Qwen2, which differ by the biases that a checkpoint has; `there`: what their keys begin with."""
+    source, target = f"{there}model.layers.{{n}}", f"{root}layers/{{n}}"
     return [
-        Rule("model.embed_tokens.weight", f"{root}embed/embedding"),
+        Rule(f"{there}model.embed_tokens.weight", f"{root}embed/embedding"),
         Rule(f"{source}.input_layernorm.weight", f"{target}/attention_norm/scale"),
         *(rule for p in "qkvo" for rule in _linear(f"{source}.self_attn.{p}_proj", f"{target}/attention/{p}")),
         Rule(f"{source}.post_attention_layernorm.weight", f"{target}/mlp_norm/scale"),
         *(rule for p in ("gate", "up", "down") for rule in _linear(f"{source}.mlp.{p}_proj", f"{target}/mlp/{p}")),
-        Rule("model.norm.weight", f"{root}norm/scale"),
-        Rule("lm_head.weight", f"{root}lm_head/kernel", Transpose()),
+        Rule(f"{there}model.norm.weight", f"{root}norm/scale"),
+        Rule(f"{there}lm_head.weight", f"{root}lm_head/kernel", Transpose()),
     ]
 
 
@@ -107,6 +114,71 @@ def _qwen2_vision(patch: PatchKernel) -> list[Rule]:
         *_layer_norm("visual.merger.ln_q", "vision/merger/norm"),
         *_linear("visual.merger.mlp.0", "vision/merger/fc1"),
         *_linear("visual.merger.mlp.2", "vision/merger/fc2"),
+    ]
+
+
+def _eva(config: dict, root: str, there: str) -> list[Rule]:
+    """The vision tower of BLIP-2 and InstructBLIP."""
+    source, target = f"{there}encoder.layers.{{n}}", f"{root}blocks/{{n}}"
+    patch = PatchKernel(3, None, config.get("patch_size", 14))
+    return [
+        Rule(f"{there}embeddings.class_embedding", f"{root}class_embedding", Leading()),
+        Rule(f"{there}embeddings.position_embedding", f"{root}position_embedding", Leading()),
+        Rule(f"{there}embeddings.patch_embedding.weight", f"{root}patch_embed/kernel", patch),
+        Rule(f"{there}embeddings.patch_embedding.bias", f"{root}patch_embed/bias"),
+        *_layer_norm(f"{source}.layer_norm1", f"{target}/norm1"),
+        *_linear(f"{source}.self_attn.qkv", f"{target}/attention/qkv"),
+        *_linear(f"{source}.self_attn.projection", f"{target}/attention/proj"),
+        *_layer_norm(f"{source}.layer_norm2", f"{target}/norm2"),
+        *_linear(f"{source}.mlp.fc1", f"{target}/mlp/fc1"),
+        *_linear(f"{source}.mlp.fc2", f"{target}/mlp/fc2"),
+        *_layer_norm(f"{there}post_layernorm", f"{root}norm"),
+    ]
+
+
+def _attention(source: str, inner: str, target: str) -> list[Rule]:
+    """BERT's attention, and its norm: query, key and value are below `inner`."""
+    maps = {"query": "q", "key": "k", "value": "v"}
+    return [
+        *(rule for theirs, ours in maps.items() for rule in _linear(f"{source}.{inner}.{theirs}", f"{target}/{ours}")),
+        *_linear(f"{source}.output.dense", f"{target}/o"),
+        *_layer_norm(f"{source}.output.LayerNorm", f"{target}_norm"),
+    ]
+
+
+def _bert_mlp(source: str, target: str, kind: str = "") -> list[Rule]:
+    return [
+        *_linear(f"{source}.intermediate{kind}.dense", f"{target}/fc1"),
+        *_linear(f"{source}.output{kind}.dense", f"{target}/fc2"),
+        *_layer_norm(f"{source}.output{kind}.LayerNorm", f"{target}_norm"),
+    ]
+
+
+def _bert(root: str = "", there: str = "") -> list[Rule]:
+    source, target = f"{there}encoder.layer.{{n}}", f"{root}layers/{{n}}"
+    return [
+        Rule(f"{there}embeddings.word_embeddings.weight", f"{root}words/embedding"),
+        Rule(f"{there}embeddings.position_embeddings.weight", f"{root}positions/embedding"),
+        Rule(f"{there}embeddings.token_type_embeddings.weight", f"{root}types/embedding"),
+        *_layer_norm(f"{there}embeddings.LayerNorm", f"{root}embed_norm"),
+        *_attention(f"{source}.attention", "self", f"{target}/attention"),
+        *_bert_mlp(source, f"{target}/mlp"),
+        *_linear(f"{there}pooler.dense", f"{root}pooler"),
+    ]
+
+
+def _qformer(root: str, there: str, *, blip2: bool) -> list[Rule]:
+    """InstructBLIP's, and BLIP-2's, which in transformers has the words, if it takes any, outside of it."""
+    source, target = f"{there}encoder.layer.{{n}}", f"{root}layers/{{n}}"
+    words = "embeddings" if blip2 else f"{there}embeddings"
+    return [
+        Rule(f"{words}.word_embeddings.weight", f"{root}words/embedding"),
+        Rule(f"{words}.position_embeddings.weight", f"{root}positions/embedding"),
+        *_layer_norm(f"{there}layernorm" if blip2 else f"{words}.layernorm", f"{root}embed_norm"),
+        *_attention(f"{source}.attention", "attention", f"{target}/attention"),
+        *_attention(f"{source}.crossattention", "attention", f"{target}/cross"),
+        *_bert_mlp(source, f"{target}/mlp"),
+        *_bert_mlp(source, f"{target}/query_mlp", "_query"),
     ]
 
 
@@ -129,15 +201,67 @@ def _qwen2_vl_table(config: dict) -> Table:
     return Table((*_decoder("text/"), *_qwen2_vision(patch)), prefixes, ROTARY_BUFFERS, TIED)
 
 
+POSITION_BUFFERS = (r".*embeddings\.position_ids",)
+
+
+GAMMA_BETA = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))  # before torch had them
+PRETRAINING = (r"cls\..*",)  # BERT's heads, with which words and the next sentence were foretold
+
+
+def _bert_table(config: dict) -> Table:
+    return Table(tuple(_bert()), (("bert.", ""),), POSITION_BUFFERS + PRETRAINING, endings=GAMMA_BETA)
+
+
+# transformers' InstructBlipModel and Blip2Model (since 4.5x) hold a decoder without its head, and call it so.
+BARE_DECODER = tuple(
+    (f"language_model.{part}", f"language_model.model.{part}") for part in ("embed_tokens.", "layers.", "norm.")
+)
+# Heads that match texts to images: transformers' Blip2ForImageTextRetrieval's, and LAVIS's.
+MATCHING = (r"itm_head\..*", r"(vision|text)_(projection|proj)\..*", r"temp", r"Qformer\.cls\..*")
+
+
+def _instructblip_table(config: dict) -> Table:
+    """Also of BLIP-2. Of a language model that is not known only the other parts can be loaded."""
+    vision = config.get("vision_config") or {}
+    unused = vision.get("num_hidden_layers", EvaConfig.depth)  # the last block of EVA's own file, see convert.lavis
+    eva = (rf"blocks\.{unused}\..*", r"((fc_)?norm|head)\..*")
+    rules = (
+        *_eva(vision, "vision/", "vision_model."),
+        Rule("frame_positions.weight", "frames/embedding"),
+        Rule("query_tokens", "query_tokens", Leading()),
+        *_qformer("qformer/", "qformer.", blip2=config.get("model_type") == "blip-2"),
+    )
+    ignored = ROTARY_BUFFERS + POSITION_BUFFERS + MATCHING + eva
+    if language_model(config) not in DECODERS:
+        return Table(rules, ignored=(*ignored, r"language_(model|projection)\..*"))
+    rules += (*_linear("language_projection", "projection"), *_decoder("text/", "language_model."))
+    return Table(rules, BARE_DECODER, ignored, tuple(f"language_model.{key}" for key in TIED))
+
+
+def _towers_table(config: dict) -> Table:
+    rules = (
+        *_eva(config.get("vision_config", {}), "vision/", "vision_model."),
+        *_bert("bert/", "bert."),
+        *_decoder("text/", "language_model."),
+        *_linear("facts.fc1", "facts/fc1"),
+        *_linear("facts.fc2", "facts/fc2"),
+    )
+    return Table(rules, tied=tuple(f"language_model.{key}" for key in TIED))
+
+
 MODELS = {
     "llama": ("LlamaForCausalLM", _text_table),
     "qwen2": ("Qwen2ForCausalLM", _text_table),
     "qwen2_vl": ("Qwen2VLForConditionalGeneration", _qwen2_vl_table),
+    "bert": ("BertModel", _bert_table),
+    "instructblip": ("InstructBlipForConditionalGeneration", _instructblip_table),
+    "blip-2": ("Blip2ForConditionalGeneration", _instructblip_table),
+    "world_towers": ("WorldTowers", _towers_table),  # the library's own: models.towers
 }
 
 
 def architecture(config: dict) -> str:
-    """The model of a config.json: "llama" (Vicuna too), "qwen2" or "qwen2_vl"; CheckpointError for any other."""
+    """The model of a config.json, one of MODELS; CheckpointError for any other."""
     by_class = {name: model for model, (name, _) in MODELS.items()}
     classes = config.get("architectures") or []
     model = config.get("model_type") or next((by_class[name] for name in classes if name in by_class), None)

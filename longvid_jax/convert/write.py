@@ -24,6 +24,7 @@ from longvid_jax.convert.folder import (
     PARAMS,
     PROVENANCE,
     SIZES,
+    copy_beside,
     files_beside,
     is_checkpoint,
     is_converted,
@@ -202,7 +203,7 @@ def _whole(journal: Journal, source: Source, arrays: "_Arrays", job: dict) -> Pa
     folder.mkdir()
     journal.merge(folder / PARAMS)
     for file in [source.path / CONFIG, *files_beside(source.path)]:
-        shutil.copyfile(file, folder / file.name)
+        copy_beside(file, folder)
     provenance = {
         "longvid_jax": version("longvid_jax"),
         "architecture": architecture(source.config),

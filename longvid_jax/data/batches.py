@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 
+from longvid_jax.data.augment import redrawn
 from longvid_jax.data.packing import Turns, pack, packed_length, sizes, tokenize
 from longvid_jax.errors import DataError, LongvidError, OptionError, VideoError
 
@@ -126,7 +127,7 @@ class Batches:
 
 def endless(source, seed: int) -> grain.MapDataset:
     """The examples of a source (with __len__ and __getitem__), in another order in each epoch."""
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(redrawn)
 
 
 def mixed(sources: Sequence, weights: Sequence[float], seed: int) -> grain.MapDataset:

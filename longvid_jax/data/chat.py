@@ -12,6 +12,16 @@ QWEN2_VL_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# Where queries stand before all words, as in InstructBLIP; for tokenizers that have Qwen's special tokens.
+QUERIES_FIRST_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% for part in message['content'] if part['type'] == 'video' %}<|video_pad|>{% endfor %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
 
 def video_prompt(tokenizer, instruction: str, video_token: int) -> tuple[list[int], list[int]]:
     """Token ids before and behind the video of a conversation that shows one video and asks `instruction` about it."""
@@ -37,3 +47,19 @@ def video_prompt(tokenizer, instruction: str, video_token: int) -> tuple[list[in
         )
     at = ids.index(video_token)
     return ids[:at], ids[at + 1 :]
+
+
+def queries_prompt(tokenizer, instruction: str, video_token: int | None, count: int) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt in which `count` queries stand for what was seen; and which query stands where (-1: none).
+
+    With a chat template they stand where it puts the video; without one, as in InstructBLIP, before all words. Ids of
+    queries are 0.
+    """
+    if tokenizer is not None and tokenizer.chat_template and video_token is not None:
+        before, behind = video_prompt(tokenizer, instruction, video_token)
+    elif tokenizer is None or not instruction.strip():
+        before, behind = video_prompt(tokenizer, instruction, -1)  # raises
+    else:
+        before, behind = [], tokenizer(instruction)["input_ids"]
+    words = [-1] * len(before), [-1] * len(behind)
+    return [*before, *[0] * count, *behind], [*words[0], *range(count), *words[1]]

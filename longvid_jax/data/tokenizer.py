@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from longvid_jax.data.chat import QWEN2_VL_TEMPLATE
 from longvid_jax.errors import CheckpointError
-from longvid_jax.video.synthetic import sentences
+from longvid_jax.video.synthetic import sentences, vocabulary
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -41,6 +41,29 @@ def world_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
+INSTRUCTION = "qformer_tokenizer"  # a checkpoint's sub-folder with the tokenizer of a Q-Former or a BERT
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def bert_tokenizer():
+    """A tokenizer of BERT's kind for questions about the made-up world: its words, and letters for all others."""
+    from transformers import PreTrainedTokenizerFast
+
+    letters = [chr(code) for code in range(33, 127)]
+    pieces = dict.fromkeys([*BERT_SPECIAL, *map(str.lower, vocabulary()), *letters, *(f"##{x}" for x in letters)])
+    words = Tokenizer(models.WordPiece({piece: n for n, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    words.normalizer = normalizers.BertNormalizer(lowercase=True)
+    words.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    words.decoder = decoders.WordPiece()
+    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    names = dict(zip(("pad", "unk", "cls", "sep", "mask"), BERT_SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, **{f"{name}_token": token for name, token in names.items()}, model_max_length=512
+    )
+
+
 def load_tokenizer(folder: str | Path):
     """The tokenizer of a checkpoint's folder; None where it has none."""
     folder = Path(folder)
@@ -56,14 +79,16 @@ def load_tokenizer(folder: str | Path):
         ) from error
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, max_length: int) -> None:
-    """Writes what transformers.AutoTokenizer loads, Qwen2-VL's chat template in it."""
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: str | Path, *, max_length: int, template: str = QWEN2_VL_TEMPLATE
+) -> None:
+    """Writes what transformers.AutoTokenizer loads, with a chat template in it."""
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "model_max_length": max_length,
-        "chat_template": QWEN2_VL_TEMPLATE,
+        "chat_template": template,
     }
     (Path(folder) / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

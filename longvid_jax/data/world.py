@@ -39,8 +39,12 @@ class WorldSource:
     def __len__(self) -> int:
         return self.count
 
+    def world(self, i: int) -> World:
+        """The world of example i."""
+        return World(i, level=self.level, seconds=self.seconds[i % len(self.seconds)], split=self.split)
+
     def __getitem__(self, i: int) -> Example:
-        world = World(i, level=self.level, seconds=self.seconds[i % len(self.seconds)], split=self.split)
+        world = self.world(i)
         rng = np.random.default_rng([i, 1])
         offset, stride = (
             (0, 1) if rng.random() < self.plain else rng.integers((0, 1), (self.offset + 1, self.stride + 1))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from longvid_jax.systems.base import VideoModel
 from longvid_jax.systems.results import Answer, Trace
 from longvid_jax.systems.retake import RetakeModel
 from longvid_jax.video import Video
@@ -26,7 +27,7 @@ def ask(
 
     Args:
       progress: called with the number of frames of each window that was watched.
-      decoding: as for `RetakeModel.answer`.
+      decoding: as for `VideoModel.answer`.
 
     Returns:
       The answers, and a dict ready for JSON: answers, video, method, trace (of the first answer) and seconds a stage.
@@ -45,7 +46,7 @@ def ask(
     }
 
 
-def describe_video(model: RetakeModel, video: Video) -> dict:
+def describe_video(model: VideoModel, video: Video) -> dict:
     """A watched video as plain data: its own size and length, what was planned, what was decoded of it."""
     probe, report = video.probe, video.report
     return {

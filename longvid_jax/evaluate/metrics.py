@@ -50,6 +50,37 @@ def event_score(told: str, truth: str) -> float:
     return 2 * int(longest[-1, -1]) / (len(told) + len(truth))
 
 
+def exact_match(beams: Sequence[Sequence[str]], labels: Sequence[str]) -> dict[str, float]:
+    """MA-LMM's top-1 and top-5: how often the best beam, or any of the five best, is the label to the letter.
+
+    beams: of each example, the best first.
+    """
+    hits = [[text.strip() == label for text in texts[:5]] for texts, label in zip(beams, labels, strict=True)]
+    return {"top1": float(np.mean([hit[0] for hit in hits])), "top5": float(np.mean([any(hit) for hit in hits]))}
+
+
+def window_scores(answers: Sequence[str], labels: Sequence[str], videos: Sequence) -> dict[str, float]:
+    """Exact match of answers [n] to windows [n] of videos [n], as LVU is scored.
+
+    per_window: the mean over windows, which MA-LMM's and AdaCM2's tables have. per_video: the mean over videos of the
+    share of their windows. per_video_vote: the share of videos whose most frequent answer is right (of as frequent
+    ones the one given first), which is LVU's own score for classes told one a window.
+    """
+    told: dict = {}
+    for answer, label, video in zip(answers, labels, videos, strict=True):
+        told.setdefault(video, []).append((answer.strip(), label))
+    rights = [[answer == label for answer, label in windows] for windows in told.values()]
+    votes = []
+    for windows in told.values():
+        given = [answer for answer, _ in windows]
+        votes.append(max(given, key=given.count) == windows[0][1])
+    return {
+        "per_window": float(np.mean(np.concatenate(rights))),
+        "per_video": float(np.mean([np.mean(right) for right in rights])),
+        "per_video_vote": float(np.mean(votes)),
+    }
+
+
 def interval(values: Sequence[float], videos: Sequence, *, seed: int = 0) -> tuple[float, float]:
     """95 % confidence interval of the mean of values [n], by the bootstrap over videos [n] (which each belongs to).
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from longvid_jax.errors import OptionError
 from longvid_jax.memory.state import RetakeMemory, rows
+from longvid_jax.systems.base import VideoModel
 from longvid_jax.systems.retake import PLAIN, ReTaKe, RetakeModel
 from longvid_jax.video import Frames
 from longvid_jax.video.synthetic import Question, World, multiple_choice
@@ -126,7 +127,7 @@ def answers(
     watched(memory, count) of each memory, whose first `count` rows are different ones.
     """
     check_size(model, size)
-    guided = model.method is not None and model.method.prompt_guided
+    guided = model.asks_once
     order = [one.video for one in asked] if guided else sorted({one.video for one in asked})
     told: list[str] = [""] * len(asked)
     even = -(-len(order) // -(-len(order) // WATCHED))  # no more batches than needed, and few rows for nothing
@@ -178,7 +179,7 @@ def check_size(model: RetakeModel, size: tuple[int, int]) -> None:
         raise OptionError(f"size is {size[0]} x {size[1]} pixels, but this model needs multiples of {side}.")
 
 
-def _watch(model: RetakeModel, worlds: list[World], instructions: list[str], times, size: tuple[int, int]):
+def _watch(model: VideoModel, worlds: list[World], instructions: list[str], times, size: tuple[int, int]):
     """A memory that has read all frames, a row a world."""
     when = [times(world) for world in worlds]
     memory = model.begin(instructions, expected_frames=[len(one) for one in when], frame_size=size)
@@ -193,7 +194,7 @@ def _watch(model: RetakeModel, worlds: list[World], instructions: list[str], tim
     return model.finish(memory)
 
 
-def _said(model: RetakeModel, memory, questions: list[str], row: Sequence[int]) -> list[str]:
+def _said(model: VideoModel, memory, questions: list[str], row: Sequence[int]) -> list[str]:
     """Answers to questions on rows of a memory, which stays."""
     text = model.answer(rows(memory, row), questions, max_new_tokens=MAX_NEW_TOKENS).text
     return [text] if isinstance(text, str) else text

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from longvid_jax.memory.adacm2 import VideoCache
 from longvid_jax.memory.dpselect import Lookback
 from longvid_jax.ops import kv_cache
 from longvid_jax.ops.kv_cache import KVCache
@@ -71,6 +72,23 @@ class RetakeMemory:
         """Where the next block goes in the cache, from what the host knows."""
         last = self.chunks[-1] if self.chunks else None
         return int(self.start.max()) if last is None else int(last.offset + last.kept.max())
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaCM2Memory:
+    """AdaCM2 between two windows of a video."""
+
+    cache: VideoCache | None  # None before the first frame
+    outputs: jax.Array | None  # [B, Q, width] of the Q-Former after the last frame
+    waiting: Waiting | None
+    instruction: np.ndarray | None  # int32 [B, S] tokens of the Q-Former's, then -1; None: it takes none
+    ids: np.ndarray  # int32 [B, N] the decoder's prompt, 0 where queries stand, then -1
+    places: np.ndarray  # int32 [B, N] which query stands here; -1: none
+    grid: np.ndarray  # int [2] rows and columns of patches in a frame; 0 before the first frame
+    frames: np.ndarray  # int [B] frames watched
+    read: np.ndarray  # int [B] frames that the cache has taken in
+    times: np.ndarray  # float32 [B or 1, T] seconds of those frames
 
 
 def fork(memory):

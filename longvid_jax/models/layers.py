@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 
@@ -59,6 +60,62 @@ class LayerNorm(nnx.Module):
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
         return (y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """A table of embeddings [V, width]."""
+
+    def __init__(self, vocab_size: int, width: int, *, dtype, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width), dtype))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[...][ids]
+
+
+class FeedForward(nnx.Module):
+    """Two linear maps with a given activation between."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int, activation, *, dtype, rngs: nnx.Rngs):
+        self.fc1 = Linear(width_in, hidden, bias=True, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, width_out, bias=True, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def exact_gelu(x: jax.Array) -> jax.Array:
+    """GELU with the error function."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class MultiHeadAttention(nnx.Module):
+    """The maps around an attention of `heads` heads: from x [B, N, width] and from keys' inputs [B, S, kv_width]."""
+
+    def __init__(self, width: int, heads: int, *, kv_width: int | None = None, dtype, rngs: nnx.Rngs):
+        kv_width = width if kv_width is None else kv_width
+        self.q = Linear(width, width, bias=True, dtype=dtype, rngs=rngs)
+        self.k = Linear(kv_width, width, bias=True, dtype=dtype, rngs=rngs)
+        self.v = Linear(kv_width, width, bias=True, dtype=dtype, rngs=rngs)
+        self.o = Linear(width, width, bias=True, dtype=dtype, rngs=rngs)
+        self.heads = heads
+
+    def queries(self, x: jax.Array) -> jax.Array:
+        """[B, H, N, D] of x [B, N, width]."""
+        return split_heads(self.q(x), self.heads)
+
+    def keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, H, S, D] of x [B, S, kv_width]."""
+        return split_heads(self.k(x), self.heads), split_heads(self.v(x), self.heads)
+
+    def output(self, context: jax.Array) -> jax.Array:
+        """[B, N, width] of the heads' contexts [B, H, N, D]."""
+        return self.o(rearrange(context, "b h n d -> b n (h d)"))
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, H, N, D] of x [B, N, H * D]."""
+    return rearrange(x, "b n (h d) -> b h n d", h=heads)
 
 
 def repeat(make, depth: int, rngs: nnx.Rngs, *, stacked: bool):

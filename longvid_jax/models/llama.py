@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longvid_jax.errors import CheckpointError
-from longvid_jax.models.layers import Linear, RMSNorm, normal, repeat
+from longvid_jax.models.layers import Embed, Linear, RMSNorm, repeat
 from longvid_jax.ops import kv_cache
 from longvid_jax.ops.attention import Keys, Packed, attend, attend_packed
 from longvid_jax.ops.layers import layers, rematerialised
@@ -104,16 +104,6 @@ class Layer(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
-
-
-class Embed(nnx.Module):
-    """Token embeddings [V, width]."""
-
-    def __init__(self, vocab_size: int, width: int, *, dtype, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, width), dtype))
-
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding[...][ids]
 
 
 class Decoder(nnx.Module):

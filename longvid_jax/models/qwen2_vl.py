@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 
 from longvid_jax.errors import CheckpointError
-from longvid_jax.models.layers import LayerNorm, Linear, repeat
+from longvid_jax.models.layers import FeedForward, LayerNorm, Linear, exact_gelu, repeat
 from longvid_jax.models.llama import Decoder, DecoderConfig
 from longvid_jax.ops.attention import Keys, Packed, attend
 from longvid_jax.ops.layers import layers, rematerialised
@@ -86,26 +86,9 @@ class VisionAttention(nnx.Module):
         return self.proj(rearrange(context, "f h p d -> f p (h d)"))
 
 
-class VisionMLP(nnx.Module):
-    """Two linear maps with a given activation between."""
-
-    def __init__(self, width_in: int, hidden: int, width_out: int, activation, *, dtype, rngs: nnx.Rngs):
-        self.fc1 = Linear(width_in, hidden, bias=True, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, width_out, bias=True, dtype=dtype, rngs=rngs)
-        self.activation = activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 def quick_gelu(x: jax.Array) -> jax.Array:
     """x * sigmoid(1.702 x), as in CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-def exact_gelu(x: jax.Array) -> jax.Array:
-    """GELU with the error function."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 class VisionBlock(nnx.Module):
@@ -116,7 +99,7 @@ class VisionBlock(nnx.Module):
         self.attention = VisionAttention(config, dtype=dtype, rngs=rngs)
         self.norm2 = LayerNorm(config.width, 1e-6, dtype=dtype)
         hidden = int(config.width * config.mlp_ratio)
-        self.mlp = VisionMLP(config.width, hidden, config.width, quick_gelu, dtype=dtype, rngs=rngs)
+        self.mlp = FeedForward(config.width, hidden, config.width, quick_gelu, dtype=dtype, rngs=rngs)
 
 
 class Merger(nnx.Module):

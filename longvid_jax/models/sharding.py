@@ -8,12 +8,19 @@ from longvid_jax.ops.sharding import divisible
 
 # Kernels are [in, out]: maps into heads or hidden units split their output over `tensor`, maps back split their input.
 TABLE = (
-    (r"(attention/(q|k|v|qkv)|mlp/(gate|up|fc1)|merger/fc1|lm_head)/kernel", PartitionSpec("fsdp", "tensor")),
-    (r"(attention/(o|proj)|mlp/(down|fc2)|merger/fc2)/kernel", PartitionSpec("tensor", "fsdp")),
-    (r"attention/(q|k|v)/bias|(attention/qkv|mlp/fc1|merger/fc1)/bias", PartitionSpec("tensor")),
-    (r"embed/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"patch_embed/kernel", PartitionSpec(None, "fsdp")),
-    (r"(norm|norm1|norm2|attention_norm|mlp_norm)/(scale|bias)|bias", PartitionSpec()),
+    (
+        r"((attention|cross)/(q|k|v|qkv)|mlp/(gate|up|fc1)|(merger|query_mlp|facts)/fc1|lm_head)/kernel",
+        PartitionSpec("fsdp", "tensor"),
+    ),
+    (
+        r"((attention|cross)/(o|proj)|mlp/(down|fc2)|(merger|query_mlp|facts)/fc2)/kernel",
+        PartitionSpec("tensor", "fsdp"),
+    ),
+    (r"(attention|cross)/(q|k|v)/bias|(attention/qkv|(mlp|merger|query_mlp|facts)/fc1)/bias", PartitionSpec("tensor")),
+    (r"(embed|words)/embedding", PartitionSpec("tensor", "fsdp")),
+    (r"(patch_embed|projection|pooler)/kernel|(positions|types|frames)/embedding", PartitionSpec(None, "fsdp")),
+    (r"class_embedding|position_embedding|query_tokens", PartitionSpec(None, "fsdp")),
+    (r"(\w+_)?norm\d?/(scale|bias)|bias", PartitionSpec()),
 )
 
 

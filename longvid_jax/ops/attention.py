@@ -21,7 +21,7 @@ class Keys(NamedTuple):
 
     k: jax.Array  # [B, K, S, D]
     v: jax.Array  # [B, K, S, D]
-    valid: jax.Array | None = None  # bool [B, S]; None: all
+    valid: jax.Array | None = None  # bool [B, S], or [B, N, S] where each query has its own; None: all
     causal: bool = False  # query i sees keys 0..i of this run
     groups: jax.Array | None = None  # int32 [B, S]: only queries of the same group see a key, of group 0 all; None: all
 
@@ -46,6 +46,19 @@ def attend(q: jax.Array, *runs: Keys, groups: jax.Array | None = None, scale: fl
     grouped = q.reshape(q.shape[0], kv_heads, heads // kv_heads, *q.shape[2:])
     out = _over_blocks(block, grouped, sum(run.k.shape[2] for run in runs), groups)
     return out.reshape(q.shape)
+
+
+def attend_counted(q: jax.Array, keys: Keys, scale: float | None = None) -> tuple[jax.Array, jax.Array]:
+    """What attend(q, keys) gives, and how much attention [B, S] each key draws: summed over heads and queries, float32.
+
+    For few queries, such as a Q-Former's: all their weights [B, H, N, S] are in memory at a time.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    grouped = q.reshape(q.shape[0], keys.k.shape[1], -1, *q.shape[2:])
+    (weights,), totals = _weights([_logits(grouped, keys, 0, scale)])
+    weights = weights / totals[..., None]
+    context = jnp.einsum("bkgns,bksd->bkgnd", weights.astype(keys.v.dtype), keys.v, preferred_element_type=jnp.float32)
+    return context.astype(q.dtype).reshape(q.shape), weights.sum((1, 2, 3))
 
 
 @jax.tree_util.register_static
@@ -161,7 +174,10 @@ def _logits(q: jax.Array, run: Keys, start, scale: float, groups: jax.Array | No
         logits = jnp.einsum("bkgnd,bksd->bkgns", q, run.k, preferred_element_type=jnp.float32) * scale
     lowest = jnp.finfo(jnp.float32).min
     if run.valid is not None:
-        logits = jnp.where(run.valid[:, None, None, None], logits, lowest)
+        valid = run.valid[:, None]
+        if run.valid.ndim == 3:  # clipped for the queries that only fill a block up
+            valid = jnp.take(run.valid, start + jnp.arange(q.shape[3]), axis=1, mode="clip")
+        logits = jnp.where(valid[:, None, None], logits, lowest)
     if run.causal:
         seen = jnp.arange(run.k.shape[2]) <= start + jnp.arange(q.shape[3])[:, None]
         logits = jnp.where(seen, logits, lowest)

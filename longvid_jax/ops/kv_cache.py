@@ -39,6 +39,19 @@ class KVCache:
         return self.valid.shape[-1]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BeamCache:
+    """What the beams of a beam search remember: a prefix that those of a row share, and the tokens of each.
+
+    G beams a row are G tokens of a block. No key ever moves: which of the row's tokens a beam descends from is a mask.
+    """
+
+    prefix: KVCache  # is only read
+    suffix: KVCache  # the beams' tokens, G a step, one step behind the other
+    path: jax.Array  # bool [B, G, suffix's capacity]: the tokens that a beam descends from
+
+
 class Block(NamedTuple):
     """What a layer stores of a block of tokens; the first `count` of its N entries are real."""
 
@@ -111,6 +124,41 @@ def take_rows(cache: KVCache, rows: np.ndarray, offset: int) -> KVCache:
     )
 
 
+def with_beams(prefix: KVCache, beams: int, steps: int) -> BeamCache:
+    """A cache of `beams` beams a row behind a prefix, which is not copied, with room for `steps` tokens of each."""
+    batch, capacity = prefix.valid.shape[0], beams * steps
+
+    def empty(buffer, fill=0):
+        return jax.tree.map(lambda x: jnp.full((*x.shape[:-2], capacity, x.shape[-1]), fill, x.dtype), buffer)
+
+    suffix = KVCache(
+        keys=empty(prefix.keys),
+        values=empty(prefix.values),
+        positions=empty(prefix.positions),
+        source=empty(prefix.source, -1),
+        valid=jnp.zeros((batch, capacity), bool),
+        last=prefix.last,
+        offset=jnp.int32(0),
+    )
+    return BeamCache(prefix, suffix, jnp.zeros((batch, beams, capacity), bool))
+
+
+def descend(cache: BeamCache, origin: jax.Array) -> BeamCache:
+    """The cache of beams that go on from the beams origin int32 [B, G] of their row."""
+    return dataclasses.replace(cache, path=jnp.take_along_axis(cache.path, origin[..., None], axis=1))
+
+
+def advance_beams(cache: BeamCache) -> BeamCache:
+    """After all layers stored one token a beam: each beam descends from its own."""
+    batch, beams, _ = cache.path.shape
+    own = jnp.broadcast_to(jnp.eye(beams, dtype=bool), (batch, beams, beams))
+    return dataclasses.replace(
+        cache,
+        suffix=advance(cache.suffix, jnp.full((batch,), beams, jnp.int32), beams),
+        path=jax.lax.dynamic_update_slice(cache.path, own, (0, 0, cache.suffix.offset)),
+    )
+
+
 def read(buffer, layer, length: int) -> jax.Array:
     """The first `length` tokens of one layer."""
     if isinstance(buffer, tuple):
@@ -130,7 +178,7 @@ def write(buffer, layer, offset, block: jax.Array):
 
 
 def attention(
-    cache: KVCache,
+    cache: KVCache | BeamCache,
     layer,
     q: jax.Array,
     k: jax.Array,
@@ -141,7 +189,7 @@ def attention(
     rope: Rope,
     follow: str | None = None,
     select: Select | None = None,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, KVCache | BeamCache]:
     """One layer's attention of a block of tokens over the cache and, causally, over itself; then the block is stored.
 
     q [B, H, N, D] and k, v [B, K, N, D] are not rotated yet; positions int32 [B, N, A]; valid bool [B, N], valid
@@ -149,28 +197,36 @@ def attention(
     (ReTaKe's re-forged positions, arXiv 2412.20504 section 3.3): "time" along the first position axis only,
     "all" along all. `select` decides what is stored; without it everything is. `valid` and `offset` of the cache move
     once for all layers, with `advance`.
+
+    With a BeamCache the block is one token a beam, all at the same position, which sees the prefix, those that it
+    descends from and itself; all are stored, and `advance_beams` moves the cache.
     """
+    stored = cache.suffix if isinstance(cache, BeamCache) else cache
     if follow is not None:
-        shift = (cache.last[layer] + 1 - positions[:, 0, 0])[:, None, None]
+        shift = (stored.last[layer] + 1 - positions[:, 0, 0])[:, None, None]
         moved = np.arange(positions.shape[-1]) < (1 if follow == "time" else positions.shape[-1])
         positions = positions + shift * moved
     rotated_q, rotated_k = rope(q, positions), rope(k, positions)
-    context = _attend_prefix(cache, layer, rotated_q, Keys(rotated_k, v, valid, causal=True))
+    if isinstance(cache, BeamCache):
+        context = _attend_beams(cache, layer, rotated_q, rotated_k, v)
+    else:
+        context = _attend_prefix(cache, layer, rotated_q, Keys(rotated_k, v, valid, causal=True))
     if select is None:
         source = jnp.where(valid, jnp.arange(valid.shape[1]), -1)
         block, count = Block(rotated_k, v, positions, source), valid.sum(-1, dtype=jnp.int32)
     else:
         block, count = select(q, k, v, positions, rope, layer)
     end = jnp.take_along_axis(block.positions[..., 0], jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-    offset = _once_known(context, cache.offset)
-    return context, dataclasses.replace(
-        cache,
-        keys=write(cache.keys, layer, offset, block.k),
-        values=write(cache.values, layer, offset, block.v),
-        positions=write(cache.positions, layer, offset, block.positions),
-        source=write(cache.source, layer, offset, block.source[..., None]),
-        last=cache.last.at[layer].set(jnp.where(count > 0, end, cache.last[layer])),
+    offset = _once_known(context, stored.offset)
+    stored = dataclasses.replace(
+        stored,
+        keys=write(stored.keys, layer, offset, block.k),
+        values=write(stored.values, layer, offset, block.v),
+        positions=write(stored.positions, layer, offset, block.positions),
+        source=write(stored.source, layer, offset, block.source[..., None]),
+        last=stored.last.at[layer].set(jnp.where(count > 0, end, stored.last[layer])),
     )
+    return context, dataclasses.replace(cache, suffix=stored) if isinstance(cache, BeamCache) else stored
 
 
 def advance(cache: KVCache, count: jax.Array, width: int) -> KVCache:
@@ -211,3 +267,15 @@ def _attend_prefix(cache: KVCache, layer, q: jax.Array, own: Keys) -> jax.Array:
     lengths = sorted({-(-cache.capacity // part) for part in PREFIXES})
     index = sum((cache.offset > length).astype(jnp.int32) for length in lengths[:-1])
     return jax.lax.switch(index, [lambda _, n=n: over(n) for n in lengths], None)
+
+
+def _attend_beams(cache: BeamCache, layer, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attention of a row's beams, as so many queries, over the prefix, over their own pasts and each over itself."""
+    prefix, suffix = cache.prefix, cache.suffix
+    beams = q.shape[2]
+    return attend(
+        q,
+        Keys(read(prefix.keys, layer, prefix.capacity), read(prefix.values, layer, prefix.capacity), prefix.valid),
+        Keys(read(suffix.keys, layer, suffix.capacity), read(suffix.values, layer, suffix.capacity), cache.path),
+        Keys(k, v, jnp.broadcast_to(jnp.eye(beams, dtype=bool), (q.shape[0], beams, beams))),
+    )

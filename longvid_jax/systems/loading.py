@@ -7,40 +7,56 @@ import jax.numpy as jnp
 
 from longvid_jax import convert
 from longvid_jax.convert.settings import Settings
-from longvid_jax.data.tokenizer import load_tokenizer
+from longvid_jax.data.tokenizer import INSTRUCTION, load_tokenizer
 from longvid_jax.errors import CheckpointError, OptionError
 from longvid_jax.models.sharding import parameter_sharding
+from longvid_jax.systems.adacm2 import AdaCM2, AdaCM2Model
+from longvid_jax.systems.base import VideoModel
 from longvid_jax.systems.retake import ReTaKe, RetakeModel
+
+# Which method runs on which architecture, and what it is loaded as.
+SYSTEMS = {
+    "qwen2_vl": (ReTaKe, RetakeModel),
+    "instructblip": (AdaCM2, AdaCM2Model),
+    "blip-2": (AdaCM2, AdaCM2Model),
+}
 
 
 def load(
     source,
-    method: ReTaKe | None = None,
+    method: ReTaKe | AdaCM2 | None = None,
     dtype=None,
     mesh=None,
     *,
     stacked: bool | None = None,
     part: str | None = None,
     revision: str | None = None,
-) -> RetakeModel:
+) -> VideoModel:
     """A model that answers questions about videos, from a converted folder, a Hugging Face folder or a hub id.
 
-    method: lv.ReTaKe(...), or None for the plain model. dtype: of parameters and activations; by default what the
-    device is good at. mesh: a jax.sharding.Mesh over which parameters and caches are spread (see scale.make_mesh).
+    method: lv.ReTaKe(...) for a Qwen2-VL, lv.AdaCM2(...) for an InstructBLIP, or None for the plain model.
+    dtype: of parameters and activations; by default what the device is good at.
+    mesh: a jax.sharding.Mesh over which parameters and caches are spread (see scale.make_mesh).
     stacked: layers as one scanned stack (the default on TPUs and with a mesh) or as a tuple.
-    part: "vision" or "text" loads that network alone and returns it as a bare module (models.qwen2_vl).
+    part: "vision", "text" or "qformer" loads that network alone and returns it as a bare module.
     revision: branch, tag or commit of a hub id.
 
     Weights are read slice by slice, straight to where they belong; every tensor must be used and every parameter
     filled. Raises CheckpointError with all that does not fit.
     """
-    if method is not None and not isinstance(method, ReTaKe):
-        raise OptionError(f"method is {method!r}, but must be lv.ReTaKe(...) or None.")
+    methods = tuple(kind for kind, _ in dict.fromkeys(SYSTEMS.values()))
+    if method is not None and not isinstance(method, methods):
+        raise OptionError(f"method is {method!r}, but must be lv.ReTaKe(...), lv.AdaCM2(...) or None.")
     weights = convert.open_weights(source, revision)
-    if (name := convert.architecture(weights.config)) != "qwen2_vl":
-        raise CheckpointError(f"{weights.name} is a {name} model, which has no vision tower; ReTaKe runs on qwen2_vl.")
-    config = convert.network_config(weights)
-    if method is not None and method.yarn_factor is not None:
+    if (name := convert.architecture(weights.config)) not in SYSTEMS:
+        raise CheckpointError(
+            f"{weights.name} is a {name} model, which cannot watch videos; give one of {', '.join(SYSTEMS)}."
+        )
+    kind, system = SYSTEMS[name]
+    if method is not None and not isinstance(method, kind):
+        raise OptionError(f"{weights.name} is a {name} model, for lv.{kind.__name__}(...), not for {method!r}.")
+    config = convert.network_config(weights, part)
+    if isinstance(method, ReTaKe) and method.yarn_factor is not None:
         rope = dataclasses.replace(config.text.rope, scaling="yarn", factor=float(method.yarn_factor))
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, rope=rope))
     settings = Settings.from_folder(weights.path, weights.config)
@@ -54,7 +70,10 @@ def load(
     )
     if part is not None:
         return model
-    return RetakeModel(model, settings, method=method, tokenizer=load_tokenizer(weights.path), mesh=mesh)
+    options = {"method": method, "tokenizer": load_tokenizer(weights.path), "mesh": mesh}
+    if system is AdaCM2Model:
+        options["words"] = load_tokenizer(weights.path / INSTRUCTION)
+    return system(model, settings, **options)
 
 
 def default_dtype():

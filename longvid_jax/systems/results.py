@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cached_property
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -9,9 +10,17 @@ import numpy as np
 from longvid_jax.memory.state import Chunk
 
 
+class Account(Protocol):
+    """What the trace of every system, a frozen dataclass, says of a memory. B batch."""
+
+    frames: np.ndarray  # int [B] frames watched
+    cache_bytes: int  # what the memory takes when the answer began, all layers and rows together
+    seconds: dict[str, float] | None  # a stage, where asked for with profile=True
+
+
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """What a memory saw and kept. Arrays stay on the device until they are read. L layers, B batch."""
+    """What a memory of ReTaKe saw and kept. Arrays stay on the device until they are read. L layers, B batch."""
 
     frames: np.ndarray  # int [B] frames watched
     tokens: np.ndarray  # int [B] video tokens they became
@@ -68,12 +77,56 @@ class Trace:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdaCM2Trace:
+    """What a memory of AdaCM2 saw and holds. Arrays stay on the device until they are read. L layers that hold it."""
+
+    frames: np.ndarray  # int [B] frames watched
+    grid: tuple[int, int]  # rows and columns of patches in a frame
+    capacity: int  # tokens a layer and row that are allocated
+    cache_bytes: int  # of keys and values, all layers and rows together, as allocated
+    cache_bytes_uncompressed: int  # of those tokens had nothing been dropped
+    length: jax.Array  # int32 [L, B] tokens held
+    source: jax.Array  # int32 [L, B, R] which token of the video each is; -1: none
+    times: np.ndarray  # float32 [B or 1, T] seconds of the frames; NaN behind a shorter row's end
+    seconds: dict[str, float] | None = None  # a stage, where asked for with profile=True
+
+    @property
+    def tokens(self) -> int:
+        """Of a frame: its patches and the class token, which comes first."""
+        return int(np.prod(self.grid)) + 1
+
+    @cached_property
+    def kept(self) -> list[list[np.ndarray]]:
+        """kept[layer][row] int [n, 2]: frame and token (0: class, then patches row by row) of each that is held."""
+        source, length = np.asarray(self.source), np.asarray(self.length)
+        return [
+            [np.stack(divmod(row[:n], self.tokens), axis=1) for row, n in zip(layer, counts, strict=True)]
+            for layer, counts in zip(source, length, strict=True)
+        ]
+
+    def row(self, index: int) -> "AdaCM2Trace":
+        """That of one row of the batch."""
+        here = slice(index, index + 1)
+        times = self.times if len(self.times) == 1 else self.times[here]
+        rows = len(self.frames)
+        return dataclasses.replace(
+            self,
+            frames=self.frames[here],
+            cache_bytes=self.cache_bytes // rows,
+            cache_bytes_uncompressed=self.cache_bytes_uncompressed * int(self.frames[index]) // int(self.frames.sum()),
+            length=self.length[:, here],
+            source=self.source[:, here],
+            times=times,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """An answer in words; lists for a batch."""
 
     text: str | list[str]
     tokens: np.ndarray  # int [B, n] new tokens; behind a row's stop token 0
-    trace: Trace
+    trace: Account
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,5 +135,5 @@ class Output:
 
     tokens: np.ndarray  # int [B, n] new tokens; behind a row's stop token 0
     logits: jax.Array  # float32 [B, n, V] from which they were chosen
-    trace: Trace
+    trace: Account
     cache: object | None = None

@@ -5,9 +5,7 @@ then each layer keeps the share of the chunk's keys and values that its own quer
 compressed.
 """
 
-import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -17,13 +15,14 @@ from longvid_jax.convert.settings import Settings
 from longvid_jax.data import chat
 from longvid_jax.errors import InstructionError, OptionError, PromptError
 from longvid_jax.generate import Generated
-from longvid_jax.memory.state import RetakeMemory, Waiting, fork
+from longvid_jax.memory.state import RetakeMemory, Waiting
 from longvid_jax.models.qwen2_vl import Qwen2VL
 from longvid_jax.systems import prompts
 from longvid_jax.systems import retake_steps as steps
+from longvid_jax.systems.base import MAX_NEW_TOKENS, VideoModel
 from longvid_jax.systems.results import Answer, Output, Trace
 from longvid_jax.systems.retake_reader import Reader, pad_text
-from longvid_jax.video import Frames, Video, preprocess, stream_batch
+from longvid_jax.video import Video, preprocess
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,27 +81,28 @@ class ReTaKe:
             raise OptionError(f"yarn_factor is {self.yarn_factor}, but must be at least 1.")
 
 
-MAX_NEW_TOKENS = 128
-
 # The plain model: the same chunks, nothing scored, nothing dropped, no position moved.
 PLAIN = ReTaKe(keep_ratio=1.0, dpselect=None, reforge=False)
 
 
-class RetakeModel:
+class RetakeModel(VideoModel):
     """A Qwen2-VL that answers questions about long videos; with method None it is the plain model."""
 
     def __init__(self, model: Qwen2VL, settings: Settings, *, method: ReTaKe | None = None, tokenizer=None, mesh=None):
-        self.model, self.settings, self.tokenizer, self.method = model, settings, tokenizer, method
+        super().__init__(model, settings, method=method, tokenizer=tokenizer, mesh=mesh)
         choices = method or PLAIN
         static = steps.Static(method is not None, choices.dpselect, choices.pivots, choices.reforge)
         self._reader = Reader(model, choices, static, mesh)
 
-    # --- watching -----------------------------------------------------------------------------------------------------
-
     @property
     def window(self) -> int:
-        """Frames that one step reads; `watch` takes any number."""
+        """Frames of a chunk; `watch` takes any number."""
         return self._reader.method.chunk_frames
+
+    @property
+    def asks_once(self) -> bool:
+        """Whether the question guides compression, so that another question means watching again."""
+        return self._reader.method.prompt_guided
 
     def frame_size(self, video: Video) -> tuple[int, int]:
         """Height and width at which the model sees a video (Qwen2-VL's resize rule, or the video's own long_side)."""
@@ -112,16 +112,6 @@ class RetakeModel:
         if video.long_side:
             return preprocess.long_side(probe.height, probe.width, video.long_side, factor=factor, **limits)
         return preprocess.smart_resize(probe.height, probe.width, factor=factor, **limits)
-
-    def stream(self, video: Video | Sequence[Video]) -> Iterator[Frames]:
-        """The video's frames in windows of the model's size, decoded ahead on a thread; a list makes a batch."""
-        videos = [video] if isinstance(video, Video) else list(video)
-        sizes = {self.frame_size(video) for video in videos}
-        if len(sizes) > 1:
-            raise OptionError(
-                f"Videos of one batch must have one frame size, not {sorted(sizes)}; watch them one by one."
-            )
-        return stream_batch(videos, self.window, sizes.pop())
 
     def begin(
         self,
@@ -136,110 +126,13 @@ class RetakeModel:
         The length of the video, from `video` or `expected_frames` (sampled frames) and frame_size (height and width of
         the frames that `watch` will get), sizes the cache; a budget needs the length.
         """
-        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        instructions, expected, size = self._begin_with(instruction, video, expected_frames, frame_size)
         before, behind = zip(*map(self._prompt, instructions), strict=True)
-        grid = None if frame_size is None else self._grid(frame_size)
-        if video is not None:
-            videos = [video] if isinstance(video, Video) else list(video)
-            if len(videos) != len(instructions):
-                raise OptionError(f"{len(instructions)} questions for {len(videos)} videos: give one question a video.")
-            expected_frames, grid = [len(video) for video in videos], self._grid(self.frame_size(videos[0]))
-        expected = np.asarray(0 if expected_frames is None else expected_frames, np.int64)
-        expected = np.broadcast_to(expected, len(instructions))
         if self._reader.method.budget is not None and not expected.all():
             raise OptionError("A budget needs the video's length; give begin() the video or expected_frames.")
-        with self._reader.on_mesh():
-            return self._reader.begin(before, behind, -(-expected // self.model.config.vision.temporal), grid)
-
-    def watch(self, memory: RetakeMemory, frames: Frames) -> RetakeMemory:
-        """Takes in a window of frames of any length; consumes the memory (keep a copy with lv.fork).
-
-        Frames wait on the host until they fill a chunk, so how they are cut into windows changes nothing.
-        """
-        waiting = _join(memory.waiting, frames)
-        ended = memory.frames < memory.frames.max()
-        if (frames.valid & ended[:, None]).any() or (np.diff(waiting.valid.astype(int), axis=1) > 0).any():
-            raise OptionError("A row of a batch has ended once it has a frame that is not valid; more came behind one.")
-        memory = dataclasses.replace(memory, waiting=None, frames=memory.frames + frames.valid.sum(1))
-        while waiting.valid.shape[1] >= self.window:
-            memory = self._look(memory, jax.tree.map(lambda x: x[:, : self.window], waiting))
-            waiting = jax.tree.map(lambda x: x[:, self.window :], waiting)
-        return dataclasses.replace(memory, waiting=waiting if waiting.valid.shape[1] else None)
-
-    def finish(self, memory: RetakeMemory) -> RetakeMemory:
-        """The memory with nothing held back: the last frames, fewer than a window, are encoded and all is read.
-
-        `answer` does this to a copy each time; done once before many questions it saves that. Consumes the memory.
-        """
-        if memory.waiting is not None:
-            short = self.window - memory.waiting.valid.shape[1]
-            window = jax.tree.map(lambda x: np.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2)), memory.waiting)
-            memory = self._look(dataclasses.replace(memory, waiting=None), window)
-        with self._reader.on_mesh():
-            return self._reader.finish(memory)
-
-    # --- answering ----------------------------------------------------------------------------------------------------
-
-    def answer(
-        self,
-        memory: RetakeMemory,
-        instruction: str | Sequence[str] | None = None,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Answer:
-        """Answers from what was watched so far; the memory stays as it is, so watching may go on and more may be asked.
-
-        Another `instruction` than begin's is an InstructionError where compression was guided by the prompt.
-        """
-        finished = self.finish(fork(memory))
-        return self._answer(
-            finished, instruction, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-        )
-
-    def ask(
-        self,
-        video: Video | str | Sequence[Video | str],
-        instruction: str | Sequence[str],
-        *,
-        profile: bool = False,
-        progress=None,
-        **decoding,
-    ) -> Answer | list[Answer]:
-        """Watches a video and answers; several questions about one video make a list of answers after one watching.
-
-        A list of videos with a list of questions makes a batch. profile=True measures the seconds of each stage (and
-        makes them wait for each other); progress(frames) is called after each window; decoding options as for `answer`.
-        """
-        batched = (
-            not isinstance(video, Video | str) and not hasattr(video, "__fspath__") and isinstance(video, Sequence)
-        )
-        videos = [each if isinstance(each, Video) else Video(each) for each in (video if batched else [video])]
-        questions = [instruction] if isinstance(instruction, str) else list(instruction)
-        if not questions or (batched and len(questions) != len(videos)):
-            raise PromptError(f"{len(questions)} questions for {len(videos)} videos: give one question a video.")
-        _check_decoding(**decoding)  # what is wrong with a question is found before hours of video are watched
-        for each in questions:
-            self._reader.check_length(*map(len, self._prompt(each)), decoding.get("max_new_tokens", MAX_NEW_TOKENS))
-        if self._reader.method.prompt_guided and len(questions) > 1 and not batched:
-            return [self.ask(video, each, profile=profile, progress=progress, **decoding) for each in questions]
-        seconds = {} if profile else None
-        with _timed(seconds, "begin") as done:
-            memory = done(self.begin(questions if batched else questions[0], video=videos))
-        with _timed(seconds, "watch") as done, contextlib.closing(self.stream(videos)) as windows:
-            for frames in windows:
-                memory = self.watch(memory, frames)
-                if progress is not None:
-                    progress(int(frames.valid.sum()))
-            memory = done(self.finish(memory))
-        answers = []
-        for each in [questions] if batched else questions:
-            with _timed(seconds, "answer") as done:
-                answers.append(done(self._answer(fork(memory), each, **decoding)))
-        answers = [dataclasses.replace(a, trace=dataclasses.replace(a.trace, seconds=seconds)) for a in answers]
-        return answers[0] if batched or isinstance(instruction, str) else answers
+        patches, grid = -(-expected // self.model.config.vision.temporal), None if size is None else self._grid(size)
+        with self._on_mesh():
+            return self._reader.begin(before, behind, patches, grid)
 
     def generate(
         self,
@@ -268,7 +161,7 @@ class RetakeModel:
         merge = self.model.config.vision.merge
         rows = prompts.split(input_ids, attention_mask, mm_token_type_ids, video_grid_thw, self.settings, merge)
         patches, reader = np.array([row.patches for row in rows]), self._reader
-        with reader.on_mesh():
+        with self._on_mesh():
             memory = reader.begin([row.before for row in rows], [row.behind for row in rows], patches, rows[0].grid)
             if patches.any():
                 memory = self._look_at_patches(
@@ -308,7 +201,7 @@ class RetakeModel:
             raise OptionError(
                 f"Frames of {size[1]}x{size[0]} do not fit this memory; take them from model.stream(video)."
             )
-        with self._reader.on_mesh():
+        with self._on_mesh():
             # A lone last frame makes a temporal patch with itself.
             features = steps.encode_frames(
                 self.model,
@@ -337,31 +230,25 @@ class RetakeModel:
             memory = reader.read_all(memory, features, memory.expected, np.repeat(unknown, len(features), axis=1))
         return dataclasses.replace(memory, frames=memory.expected * self.model.config.vision.temporal)
 
-    def _answer(self, memory: RetakeMemory, instruction: str | Sequence[str] | None, **decoding) -> Answer:
-        """Answers from a finished memory, which is consumed."""
-        if not memory.frames.all():
-            raise PromptError("Nothing was watched yet; give watch() frames before answer().")
+    def _flush(self, memory: RetakeMemory) -> RetakeMemory:
+        with self._on_mesh():
+            return self._reader.finish(memory)
+
+    def _answer(self, memory: RetakeMemory, instructions: list[str] | None, **decoding) -> Answer:
         text = memory.prompt
-        if instruction is not None:
-            instructions = [instruction] if isinstance(instruction, str) else list(instruction)
-            if len(instructions) != len(memory.start):
-                raise PromptError(
-                    f"{len(instructions)} questions for a memory of {len(memory.start)} videos: give one a video."
-                )
+        if instructions is not None:
             text = pad_text([self._prompt(each)[1] for each in instructions])
-            if self._reader.method.prompt_guided and not np.array_equal(text, memory.prompt):
+            if self.asks_once and not np.array_equal(text, memory.prompt):
                 raise InstructionError(
                     "This memory was compressed for the question it began with (prompt_guided=True); begin() and watch "
                     "again to ask another, or use prompt_guided=False."
                 )
-        with self._reader.on_mesh():
+        with self._on_mesh():
             out, trace = self._decode(memory, text, **decoding)
-        tokens, count = np.asarray(out.tokens), np.asarray(out.count)
-        texts = [
-            self.tokenizer.decode(row[:n], skip_special_tokens=True).strip()
-            for row, n in zip(tokens, count, strict=True)
-        ]
-        return Answer(texts[0] if len(texts) == 1 else texts, tokens[:, : count.max()], trace)
+        return self._in_words(out.tokens, out.count, trace)
+
+    def _check_question(self, text: str, *, max_new_tokens: int = MAX_NEW_TOKENS, **_) -> None:
+        self._reader.check_length(*map(len, self._prompt(text)), max_new_tokens)
 
     def _decode(
         self,
@@ -374,7 +261,7 @@ class RetakeModel:
         seed: int = 0,
         keep_logits: bool = False,
     ) -> tuple[Generated, Trace]:
-        _check_decoding(max_new_tokens, temperature, top_p)
+        self._check_decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         out, length = self._reader.answer(
             memory,
             text,
@@ -400,40 +287,3 @@ class RetakeModel:
             chunks=memory.chunks,
             source=cache.source,
         )
-
-
-def _check_decoding(
-    max_new_tokens: int = MAX_NEW_TOKENS, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-) -> None:
-    if max_new_tokens < 1:
-        raise OptionError(f"max_new_tokens is {max_new_tokens}, but must be at least 1.")
-    if not temperature >= 0:
-        raise OptionError(f"temperature is {temperature}, but must be 0 (greedy) or more.")
-    if not 0 < top_p <= 1:
-        raise OptionError(f"top_p is {top_p}, but must be above 0 and at most 1.")
-
-
-def _join(waiting: Waiting | None, frames: Frames) -> Waiting:
-    """Waiting frames with new ones behind them; columns that no row uses are left out."""
-    used = frames.valid.any(0)
-    new = Waiting(*(np.asarray(x)[:, used] for x in (frames.pixels, frames.times, frames.valid)))
-    if waiting is None:
-        return new
-    if waiting.pixels.shape[2:] != new.pixels.shape[2:]:
-        raise OptionError("Frames of one memory must have one size; take them all from model.stream(video).")
-    return jax.tree.map(lambda old, new: np.concatenate([old, new], axis=1), waiting, new)
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float] | None, stage: str):
-    """Adds the time of a stage to `seconds`, waiting for what the body hands over; nothing where seconds is None."""
-    results, start = [], time.perf_counter()
-
-    def done(result):
-        results.append(result)
-        return result
-
-    yield done
-    if seconds is not None:
-        jax.block_until_ready(results)
-        seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

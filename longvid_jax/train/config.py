@@ -8,6 +8,7 @@ import runpy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict, FieldReference
 
 from longvid_jax.errors import OptionError
@@ -16,7 +17,8 @@ from longvid_jax.train import profile
 from longvid_jax.train.optimizer import OptimizerConfig
 
 STAGE = {
-    "steps": 0,
+    "steps": 0,  # or
+    "epochs": 0,  # so often is each example of the sources seen
     "batch_size": 32,
     "task": "answers",  # of train.tasks
     "sources": (),  # each {"kind": of train.tasks, "weight": 1.0, and that source's own arguments}
@@ -28,6 +30,10 @@ BASE = {
     "seed": 0,
     "checkpoint": "",  # folder or hub id of the model to fine-tune; "": `model` from random weights
     "model": {},  # the content of a config.json; what hangs on the tokenizer is filled in
+    "parts": (),  # with `model`: what of it comes from checkpoints, see train.parts
+    "towers": "",  # a checkpoint that parts refer to: config.get_ref("towers")
+    "frame_positions": {"count": 0, "initial": "zeros"},  # AdaCM2's, where the model has none; or "waves"
+    "adacm2": {"alpha": 0.1, "beta": 0.1, "carry_queries": False, "stop_gradient": False, "scores": "attention"},
     "stacked": True,  # layers as one scanned stack, or else each apart
     "compute_dtype": "float32",
     "remat": "none",  # of ops.layers.REMAT
@@ -40,7 +46,8 @@ BASE = {
     "data": "",  # a file, and a folder, that sources refer to: file=config.get_ref("data")
     "videos": "",
     "stages": (),  # one after the other, each with the keys of STAGE; the learning rate goes over all
-    "eval": {"every": 0, "batches": 8, "batch_size": 32, "sources": (), "frames": (), "text": ()},  # every 0: never
+    # every 0: never
+    "eval": {"every": 0, "task": "answers", "batches": 8, "batch_size": 32, "sources": (), "frames": (), "text": ()},
     "save": {"every": 500, "keep_last": 2, "keep_best": 1, "dtype": "float32"},
     "log_every": 20,
     "workers": 2,
@@ -54,6 +61,7 @@ BASE = {
 # What does not change the parameters that come out, and may differ when a run is taken up again.
 FREE = ("mesh", "eval.every", "save", "log_every", "workers", "ahead", "max_undecodable", "profile_steps",
         "pixels", "assets", "benchmark")  # fmt: skip
+LAYERWISE = ("config.adacm2.alpha", "config.adacm2.beta")  # a number, or one for each cross-attention layer
 DTYPES = ("float32", "bfloat16")
 
 
@@ -103,12 +111,20 @@ def resolve(config: Mapping) -> ConfigDict:
     profile.span(config["profile_steps"])
     _check(config, "remat", REMAT)
     _check(config, "compute_dtype", DTYPES)
+    _check(config["frame_positions"], "initial", ("zeros", "waves"), "frame_positions.")
+    for name in ("alpha", "beta"):
+        for value in np.atleast_1d(config["adacm2"][name]):
+            if not 0 < value <= 1:
+                raise OptionError(f"config.adacm2.{name} is {value}, but must be above 0 and at most 1.")
     _check(config["save"], "dtype", DTYPES, "save.")
+    for n, one in enumerate(config["stages"]):
+        if one["epochs"] < 0 or bool(one["epochs"]) == bool(one["steps"]):
+            raise OptionError(f"config.stages[{n}] needs either steps or epochs of at least 1.")
     for where, values, names in (
         ("", config, ("accumulate", "log_every", "workers", "ahead")),
         ("save.", config["save"], ("every", "keep_last")),
         ("eval.", config["eval"], ("batches", "batch_size")),
-        *((f"stages[{n}].", stage, ("steps", "batch_size")) for n, stage in enumerate(config["stages"])),
+        *((f"stages[{n}].", stage, ("batch_size",)) for n, stage in enumerate(config["stages"])),
     ):
         for name in names:
             if values[name] < 1:
@@ -206,6 +222,8 @@ def _kind(value, default, where: str):
         return value  # OptimizerConfig checks them
     if isinstance(default, bool | str | tuple | int) and type(value) is type(default):
         return value
+    if where in LAYERWISE and isinstance(value, tuple) and all(isinstance(one, int | float) for one in value):
+        return tuple(map(float, value))
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     names = {bool: "True or False", str: "a text", tuple: "a tuple", int: "a whole number", float: "a number"}

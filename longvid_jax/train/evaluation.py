@@ -21,17 +21,18 @@ UNTAGGED = "answers"
 
 
 class Evaluation:
-    """The evaluation that a config describes, on `task`; call it with a state."""
+    """The evaluation that a config describes, on its task; call it with a state."""
 
-    def __init__(self, config, model: Model, structure: Structure, *, mesh=None, task: str = "answers"):
+    def __init__(self, config, model: Model, structure: Structure, *, mesh=None):
         share = {"process": jax.process_index(), "processes": jax.process_count()}
+        task = config.eval.task
         self._batches = TASKS[task].batches(config.eval, model, seed=SEED, **share)
         self._count, self._workers, self._mesh = config.eval.batches, config.workers, mesh
         tokens, dtype = TASKS[task].tokens(model), jnp.dtype(config.compute_dtype)
 
         def judge(state: TrainState, batch, conversations: int):
             losses, right = tokens(state.module(structure, dtype), batch)
-            weights = batch["weights"]
+            weights = batch["weights"].reshape(losses.shape)
             groups = jnp.where(weights > 0, batch["groups"], 0)
             count = jax.vmap(partial(jax.ops.segment_sum, num_segments=conversations + 1))
             sums = (losses * weights).sum(), (right * weights).sum(), weights.sum()

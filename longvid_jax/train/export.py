@@ -11,7 +11,8 @@ from longvid_jax import checkpoint, convert
 from longvid_jax.convert.folder import write_json
 from longvid_jax.convert.source import read_json
 from longvid_jax.convert.target import written
-from longvid_jax.data.tokenizer import save_tokenizer
+from longvid_jax.data.chat import QWEN2_VL_TEMPLATE
+from longvid_jax.data.tokenizer import INSTRUCTION, save_tokenizer
 from longvid_jax.models import lora
 from longvid_jax.train.config import plain
 from longvid_jax.train.models import Model
@@ -73,8 +74,15 @@ def read_adapters(folder: str | Path) -> tuple[dict, float]:
 
 def _write_beside(model: Model, limits: dict[str, int], folder: Path) -> list[Path]:
     """The tokenizer and the processor's constants of a model that comes from no checkpoint."""
-    save_tokenizer(model.tokenizer.backend_tokenizer, folder, max_length=model.text.rope.original_length)
-    if model.vision is not None:
+    template = model.tokenizer.chat_template or QWEN2_VL_TEMPLATE
+    length = model.text.rope.original_length
+    save_tokenizer(model.tokenizer.backend_tokenizer, folder, max_length=length, template=template)
+    if model.words is not None:
+        model.words.save_pretrained(folder / INSTRUCTION)
+        side = {"height": model.vision.image_size, "width": model.vision.image_size}
+        about = {"image_processor_type": "BlipImageProcessor", "size": side}
+        write_json(folder / "preprocessor_config.json", {**about, "image_mean": model.mean, "image_std": model.std})
+    elif model.vision is not None:
         vision = model.vision
         about = {
             "image_processor_type": "Qwen2VLImageProcessor",
@@ -86,4 +94,4 @@ def _write_beside(model: Model, limits: dict[str, int], folder: Path) -> list[Pa
             **{name: pixels for name, pixels in limits.items() if pixels},
         }
         write_json(folder / "preprocessor_config.json", about)
-    return sorted(folder.iterdir())
+    return sorted(file for file in folder.rglob("*") if file.is_file())

@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from longvid_jax.models.bert import Bert
+from longvid_jax.models.eva_vit import EvaViT
 from longvid_jax.models.llama import Decoder
 from longvid_jax.models.qwen2_vl import Qwen2VL
-from longvid_jax.video.preprocess import patchify
+from longvid_jax.models.towers import Towers
+from longvid_jax.video.preprocess import normalise, patchify
 
 CHUNK = 4096  # tokens whose logits are in memory at a time
 BIAS = -2.0  # of a word's logit before anything is learned, as most words name nothing in sight
@@ -105,8 +108,7 @@ def naming(
     the product of all first and all second ones in that order. known: bool [K], False for what is never told.
     Gives the sum of the losses of all moments, their number, and of how many every known thing is named right.
     """
-    patches, grid = _patches(model, batch["frames"], mean, std)
-    x = model.vision(patches.reshape(-1, *patches.shape[2:]), grid, remat=remat)  # [moments, N, D]
+    x = _seen(model, batch["frames"], mean, std, remat)  # [moments, N, D]
     embedding = model.text.embed.embedding[...]
     words, rows = np.asarray(words), len(dict.fromkeys(first for first, _ in words))
     table = words.reshape(rows, -1, 2)
@@ -126,6 +128,58 @@ def naming(
         total += (optax.sigmoid_binary_cross_entropy(logits, truth) * told).sum()
         right = ((logits > 0) == (truth > 0)) | (told == 0)
     return total, jnp.float32(here.shape[0]), {"right": right.all((1, 2)).sum(dtype=jnp.float32)}
+
+
+def _seen(model, frames: jax.Array, mean, std, remat: bool | str) -> jax.Array:
+    """The vision tower's tokens [moments, N, D] of frames uint8 [B, F, H, W, 3]."""
+    if isinstance(model.vision, EvaViT):
+        pixels = normalise(frames.reshape(-1, *frames.shape[2:]), mean, std)
+        return model.vision(pixels, remat=remat)
+    patches, grid = _patches(model, frames, mean, std)
+    return model.vision(patches.reshape(-1, *patches.shape[2:]), grid, remat=remat)
+
+
+def fact_tokens(
+    model: Towers, batch: Mapping[str, jax.Array], *, remat: bool | str = False
+) -> tuple[jax.Array, jax.Array]:
+    """As answer_tokens, of conversations about facts: see data.facts.FactBatches."""
+    facts, at = model.told(batch["facts"]), batch["video_index"]
+    text = model.text.embed(batch["tokens"])
+    x = jnp.where(at[..., None] >= 0, jnp.take_along_axis(facts, jnp.maximum(at, 0)[..., None], axis=1), text)
+    groups = batch["groups"]
+    hidden, _ = model.text(x, batch["positions"], groups >= 0, groups=groups, packed=batch.get("packed"), remat=remat)
+    return token_losses(model.text, hidden, batch["targets"])
+
+
+def hidden_words(bert: Bert, ids: jax.Array, hidden: jax.Array, mask: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """BERT's masked language modelling (arXiv 1810.04805) with its own word embeddings as output layer.
+
+    ids int32 [..., S] (-1: padding), hidden bool [..., S]: which are shown as the token `mask` and guessed. Gives the
+    sum of the losses, the number of guesses, and how many are right.
+    """
+    ids, hidden = ids.reshape(-1, ids.shape[-1]), hidden.reshape(-1, ids.shape[-1])
+    shown = jnp.where(hidden, mask, jnp.maximum(ids, 0))
+    x, _ = bert(shown, ids >= 0)
+    logits = jnp.einsum("bnd,vd->bnv", x, bert.words.embedding[...], preferred_element_type=jnp.float32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(ids, 0))
+    right = logits.argmax(-1) == ids
+    return (losses * hidden).sum(), hidden.sum(dtype=jnp.float32), (right * hidden).sum(dtype=jnp.float32)
+
+
+def towers(
+    model: Towers, batch: Mapping[str, Mapping[str, jax.Array]], *, mask: int, remat: bool | str = False, **naming_how
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Three towers side by side: the mean losses of naming, of answers from facts and of hidden words, added up.
+
+    batch: `moments` as data.naming.WorldMoments and `facts` as data.facts.FactBatches give them.
+    """
+    seen, moments, names = naming(model, batch["moments"], remat=remat, **naming_how)
+    facts = batch["facts"]
+    told, weight, sums_ = sums(*fact_tokens(model, facts, remat=remat), facts)
+    guessed, words, right = hidden_words(model.bert, facts["words"], facts["hidden"], mask)
+    loss = seen / moments + told / jnp.maximum(weight, 1) + guessed / jnp.maximum(words, 1)
+    found = {"named": names["right"] / moments, "told": sums_["right"] / jnp.maximum(weight, 1)}
+    return loss, jnp.float32(1), {**found, "guessed": right / jnp.maximum(words, 1), "tokens": sums_["tokens"]}
 
 
 def _patches(model: Qwen2VL, frames: jax.Array, mean, std) -> tuple[jax.Array, tuple[int, int]]:

@@ -16,6 +16,7 @@ from longvid_jax.data.batches import Batch
 from longvid_jax.train.workdir import keep_lines
 
 FILE = "metrics.jsonl"
+KNOWN = ("loss", "weight", "right", "tokens")  # sums that are told in their own way; others are divided by the weight
 
 
 class Meter:
@@ -57,6 +58,7 @@ class Meter:
         taken = {
             "loss": sums["loss"] / weight,
             **({"accuracy": sums["right"] / weight} if "right" in sums else {}),
+            **{name: value / weight for name, value in sums.items() if name not in KNOWN},
             "grad_norm": self._last["grad_norm"],
             "learning_rate": self._last["learning_rate"],
             "steps": self._steps,

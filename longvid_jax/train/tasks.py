@@ -8,15 +8,22 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from longvid_jax.data.batches import Batch, Batches, Shapes, mixed
 from longvid_jax.data.conversations import ConversationSource
+from longvid_jax.data.facts import FactBatches, FactSource
+from longvid_jax.data.instructed import InstructedBatches
+from longvid_jax.data.malmm import BreakfastSource, CaptionSource, CoinSource, LvuSource, QuestionSource
 from longvid_jax.data.naming import THINGS, WorldMoments
 from longvid_jax.data.text import TextBatches, TextSource
 from longvid_jax.data.world import WorldSource
 from longvid_jax.errors import DataError, OptionError
+from longvid_jax.memory.adacm2 import Policy
+from longvid_jax.models.instructblip import InstructBlipConfig
 from longvid_jax.train import losses
 from longvid_jax.train.config import plain, unknown
+from longvid_jax.train.instructed import instructed_tokens
 from longvid_jax.train.models import Model
 from longvid_jax.video.synthetic import HELD_OUT
 
@@ -61,24 +68,112 @@ def _answer_loss(model: Model, remat: str):
 def _moments(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
     if model.vision is None or len(stage.sources) != 1:
         raise OptionError("a stage of the task 'naming' needs a model that sees, and one source; change the stage.")
+    return _moments_of(plain(stage.sources)[0], stage.batch_size, model, seed, process, processes)
+
+
+def _moments_of(source: Mapping, batch_size: int, model: Model, seed: int, process: int, processes: int):
     share = {"seed": seed, "process": process, "processes": processes}
-    make = partial(WorldMoments, stage.batch_size, temporal=model.vision.temporal, **share)
-    return make(**_checked(plain(stage.sources)[0], {"moments": make}, "a stage of the task 'naming'"))
+    make = partial(WorldMoments, batch_size, temporal=model.vision.temporal, **share)
+    return make(**_checked(source, {"moments": make}, "a stage with moments"))
 
 
-def _naming_loss(model: Model, remat: str):
-    """Its words must be tokens: of the world's own tokenizer they are."""
+def _naming(model: Model) -> dict:
+    """What losses.naming is told. Its words must be tokens: of the world's own tokenizer they are."""
     encoded = [model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for thing in THINGS for word in thing]
     if any(len(ids) != 1 for ids in encoded):
         raise OptionError("the task 'naming' needs a tokenizer with a token for each colour and shape; leave it out.")
     words = np.array(encoded).reshape(-1, 2)
     known = [thing not in HELD_OUT for thing in THINGS]
-    return partial(losses.naming, words=words, known=known, mean=model.mean, std=model.std, remat=remat)
+    return {"words": words, "known": known, "mean": model.mean, "std": model.std}
+
+
+def _naming_loss(model: Model, remat: str):
+    return partial(losses.naming, **_naming(model), remat=remat)
+
+
+def _facts(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    share = {"process": process, "processes": processes}
+    return FactBatches(
+        _examples(stage, seed), model.tokenizer, model.video_token, _buckets(stage, "text"), stage.batch_size,
+        words=model.words, **share,
+    )  # fmt: skip
+
+
+def _fact_tokens(model: Model, remat: str = "none"):
+    return partial(losses.fact_tokens, remat=remat)
+
+
+def _fact_loss(model: Model, remat: str):
+    return lambda module, batch: losses.sums(*losses.fact_tokens(module, batch, remat=remat), batch)
+
+
+def _instructed(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    settings = _instructblip(model)
+    return InstructedBatches(
+        _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
+        frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=settings.num_queries,
+        reads=settings.qformer.max_length, process=process, processes=processes,
+    )  # fmt: skip
+
+
+def _instructed_tokens(model: Model, remat: str = "none"):
+    how = dict(model.adacm2)
+    layers = _instructblip(model).qformer.cross_layers
+    shares = (value if isinstance(value := how.pop(name), tuple) else (value,) * layers for name in ("alpha", "beta"))
+    policy = Policy(*shares, how.pop("scores"))
+    return partial(instructed_tokens, policy=policy, **how, mean=model.mean, std=model.std, remat=remat)
+
+
+def _instructed_loss(model: Model, remat: str):
+    tokens = _instructed_tokens(model, remat)
+
+    def loss(module, batch):
+        flat = {"weights": batch["weights"].reshape(batch["weights"].shape[0], -1), "groups": batch["groups"]}
+        return losses.sums(*tokens(module, batch), flat)
+
+    return loss
+
+
+def _instructblip(model: Model):
+    if not isinstance(model.settings, InstructBlipConfig):
+        raise OptionError("the task 'instructed' needs an InstructBLIP; change the stage or the model.")
+    return model.settings
+
+
+class _Towers:
+    """Batches of both kinds side by side: moments, as many worlds as facts' rows, and facts."""
+
+    def __init__(self, moments, facts):
+        self._moments, self._facts = moments, facts
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    def __getitem__(self, b: int) -> Batch:
+        batch = self._facts[b]
+        return dataclasses.replace(batch, arrays={"moments": self._moments[b].arrays, "facts": batch.arrays})
+
+
+def _tower_batches(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    """The stage's first source is of moments, the others are of facts."""
+    first, *others = plain(stage.sources)
+    facts = ConfigDict({**plain(stage), "sources": tuple(others)})
+    return _Towers(
+        _moments_of(first, stage.batch_size, model, seed, process, processes),
+        _facts(facts, model, seed=seed, process=process, processes=processes),
+    )
+
+
+def _tower_loss(model: Model, remat: str):
+    return partial(losses.towers, **_naming(model), mask=model.words.mask_token_id, remat=remat)
 
 
 TASKS = {
     "answers": Task(_answer_batches, _answer_loss, _answer_tokens),
     "naming": Task(_moments, _naming_loss, None),
+    "facts": Task(_facts, _fact_loss, _fact_tokens),
+    "towers": Task(_tower_batches, _tower_loss, None),
+    "instructed": Task(_instructed, _instructed_loss, _instructed_tokens),
 }
 
 
@@ -97,11 +192,12 @@ class Curriculum:
     def __init__(self, config, model: Model, *, process: int = 0, processes: int = 1):
         share = {"process": process, "processes": processes}
         self._stages = config.stages
-        self._numbers = _order([stage.steps for stage in config.stages], [stage.group for stage in config.stages])
+        counts = [stage.steps or _steps(stage) for stage in config.stages]
+        self._numbers = _order(counts, [stage.group for stage in config.stages])
         self._sizes = np.array([stage.batch_size for stage in config.stages])[self._numbers]
         self._own = np.zeros_like(self._numbers)  # the number of a step in its stage
-        for n, stage in enumerate(config.stages):
-            self._own[self._numbers == n] = np.arange(stage.steps)
+        for n, count in enumerate(counts):
+            self._own[self._numbers == n] = np.arange(count)
         self.of_stages = tuple(
             task(stage.task).batches(stage, model, seed=_seed(config.seed, n), **share)
             for n, stage in enumerate(config.stages)
@@ -120,6 +216,12 @@ class Curriculum:
     def __getitem__(self, b: int) -> Batch:
         batch = self.of_stages[self._numbers[b]][int(self._own[b])]
         return dataclasses.replace(batch, index=b)
+
+
+def _steps(stage) -> int:
+    """How many steps a stage's epochs are."""
+    sources = [{name: value for name, value in source.items() if name != "weight"} for source in plain(stage.sources)]
+    return max(1, stage.epochs * sum(len(_source(source)) for source in sources) // stage.batch_size)
 
 
 def _order(steps: Sequence[int], groups: Sequence[str]) -> np.ndarray:
@@ -152,7 +254,18 @@ def _recorded(folder: str, split: str = "train", size: tuple[int, int] = (56, 56
     return RecordedWorld(records, size=size, fps=fps)
 
 
-SOURCES = {"world": WorldSource, "recorded": _recorded, "conversations": ConversationSource, "text": TextSource}
+SOURCES = {
+    "world": WorldSource,
+    "facts": FactSource,
+    "recorded": _recorded,
+    "conversations": ConversationSource,
+    "text": TextSource,
+    "lvu": LvuSource,
+    "breakfast": BreakfastSource,
+    "coin": CoinSource,
+    "captions": CaptionSource,
+    "questions": QuestionSource,
+}
 
 
 def _examples(stage, seed: int):

@@ -75,6 +75,12 @@ def fill_invalid(pixels, valid):
     return xp.take_along_axis(pixels, take.reshape(take.shape + (1,) * (pixels.ndim - 2)), axis=1)
 
 
+def normalise(pixels, mean, std):
+    """float32 [..., 3] of pixels [..., 3] in 0..255; mean and std are three numbers each, for pixels in 0..1."""
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return (pixels.astype(np.float32) * np.float32(1 / 255) - mean) / std
+
+
 def patchify(pixels, *, patch: int, temporal: int = 2, merge: int = 2, mean, std, valid=None):
     """Normalise frames and cut them into patches, in the layout of Hugging Face's Qwen2VLImageProcessor.
 
@@ -95,10 +101,8 @@ def patchify(pixels, *, patch: int, temporal: int = 2, merge: int = 2, mean, std
     lone = -pixels.shape[1] % temporal
     if lone:
         pixels = xp.concatenate([pixels] + [pixels[:, -1:]] * lone, axis=1)
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    pixels = (pixels.astype(np.float32) * np.float32(1 / 255) - mean) / std
     return rearrange(
-        pixels,
+        normalise(pixels, mean, std),
         "b (t f) (h mh p) (w mw q) c -> b t (h w mh mw) (c f p q)",
         f=temporal,
         mh=merge,

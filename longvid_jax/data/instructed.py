@@ -1,0 +1,147 @@
+"""Questions about videos for models whose memory depends on the question: each is put to its video alone.
+
+Letters: B videos of a batch, A questions asked about each, T frames, N tokens of the decoder, S of the Q-Former.
+"""
+
+from collections.abc import Sequence
+
+import grain
+import numpy as np
+
+from longvid_jax.data.batches import Batch, Example, bucket
+from longvid_jax.data.packing import tokenize
+from longvid_jax.errors import DataError, LongvidError, OptionError, VideoError
+
+ASKED = 4  # the number of questions is rounded up to a multiple, so that few shapes are compiled
+
+
+def conversation(
+    tokenizer, question: str, answer: str, video_token: int | None, count: int
+) -> tuple[list[int], list[int], list[bool]]:
+    """Token ids of a question and its answer behind `count` queries; which query stands where; what is the answer.
+
+    As data.chat.queries_prompt has prompts; -1 where a word stands, and the answer ends with what ends answers.
+    """
+    if tokenizer.chat_template and video_token is not None:
+        turns = tokenize(tokenizer, [(question, answer)], video_token)
+        before, ids, is_answer = list(turns.before), list(turns.ids), list(turns.is_answer)
+    else:
+        prompt = tokenizer(question)["input_ids"]
+        said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        before, ids, is_answer = [], [*prompt, *said], [False] * len(prompt) + [True] * len(said)
+    places = [*[-1] * len(before), *range(count), *[-1] * len(ids)]
+    return [*before, *[0] * count, *ids], places, [False] * (len(before) + count) + is_answer
+
+
+class InstructedBatches:
+    """A grain source of batches without an end, as data.batches.Batches.
+
+    A batch has frames uint8 [B, T, H, W, 3]; number int32 [B, T], of each frame, and shown bool [B, T]; words int32
+    [B, A, S], the Q-Former's question (-1: padding); tokens int32 [B, A, N] (-1: padding) and places int32 [B, A, N] as
+    the decoder reads them; targets int32 and weights float32 [B, A, N]; groups int32 [B, A * N]: the number of the
+    question, 1 and up, or -1, as evaluations want it.
+
+    frames, text: buckets of T and N, ascending. queries: of the model. reads: tokens of a question at most.
+    """
+
+    def __init__(
+        self,
+        examples: grain.MapDataset,
+        tokenizer,
+        words,
+        video_token: int | None,
+        batch_size: int,
+        *,
+        frames: Sequence[int],
+        text: Sequence[int],
+        queries: int,
+        reads: int,
+        process: int = 0,
+        processes: int = 1,
+    ):
+        if batch_size % processes:
+            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
+        if not len(examples):
+            raise DataError("the data set is empty; give one with examples.")
+        self.examples, self.tokenizer, self.words, self.video_token = examples, tokenizer, words, video_token
+        self.batch_size, self.frames, self.text = batch_size, frames, text
+        self.queries, self.reads = queries, reads
+        self.process, self.processes = process, processes
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch_size
+
+    def __getitem__(self, b: int) -> Batch:
+        examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
+        told = [self._told(example) for example in examples]
+        if len(sizes := {example.size for example in examples}) > 1:
+            raise OptionError(f"the videos of a batch have the sizes {sorted(sizes)}; give sources of one size.")
+        frames = bucket(self.frames, *max((e.num_frames, e.id) for e in examples), "frames")
+        longest = max((len(ids), example.id) for example, rows in zip(examples, told, strict=True) for ids, *_ in rows)
+        length = bucket(self.text, *longest, "tokens")
+        asked = -(-max(map(len, told)) // ASKED) * ASKED if max(map(len, told)) > 1 else 1
+        reads = self._reads(examples)
+        share = self.batch_size // self.processes
+        rows, undecodable = [], {}
+        for row in range(self.process * share, (self.process + 1) * share):
+            arrays = self._row(examples[row], told[row], asked, length, reads)
+            try:
+                arrays |= _shown(examples[row], frames)
+            except VideoError as error:
+                undecodable[examples[row].id] = str(error)
+                arrays["weights"][:] = 0
+                arrays |= _blank(examples[row], frames)
+            rows.append(arrays)
+        return Batch(b, {name: np.stack([row[name] for row in rows]) for name in rows[0]}, tuple(examples), undecodable)
+
+    def _told(self, example: Example) -> list[tuple]:
+        try:
+            return [
+                conversation(self.tokenizer, *turns[0], self.video_token, self.queries)
+                for turns in example.conversations
+            ]
+        except LongvidError as error:
+            raise type(error)(f"{example.id}: {error}") from error
+
+    def _reads(self, examples: Sequence[Example]) -> int:
+        """Tokens of the longest question of all processes, in steps of 8, cut where a Q-Former reads no more."""
+        questions = [turns[0][0] for example in examples for turns in example.conversations]
+        longest = max(map(len, self.words(questions)["input_ids"])) if self.words is not None else 1
+        return min(self.reads, -(-longest // 8) * 8)
+
+    def _row(self, example: Example, told: list[tuple], asked: int, length: int, reads: int) -> dict[str, np.ndarray]:
+        arrays = {
+            "words": np.full((asked, reads), -1, np.int32),
+            "tokens": np.full((asked, length), -1, np.int32),
+            "places": np.full((asked, length), -1, np.int32),
+            "targets": np.zeros((asked, length), np.int32),
+            "weights": np.zeros((asked, length), np.float32),
+            "groups": np.full((asked, length), -1, np.int32),
+        }
+        for n, (ids, places, is_answer) in enumerate(told):
+            here = slice(0, len(ids))
+            arrays["tokens"][n, here], arrays["places"][n, here], arrays["groups"][n, here] = ids, places, n + 1
+            arrays["targets"][n, : len(ids) - 1] = ids[1:]
+            arrays["weights"][n, : len(ids) - 1] = is_answer[1:]
+            if self.words is not None:
+                read = self.words(example.conversations[n][0][0])["input_ids"][:reads]
+                arrays["words"][n, : len(read)] = read
+        return arrays | {"groups": arrays["groups"].reshape(-1)}
+
+
+def _shown(example: Example, frames: int) -> dict[str, np.ndarray]:
+    read = example.frames()[:frames]
+    pixels = np.zeros((frames, *example.size, 3), np.uint8)
+    pixels[: len(read)] = read
+    number = example.offset + example.stride * np.arange(frames)
+    return {"frames": pixels, "number": number.astype(np.int32), "shown": np.arange(frames) < len(read)}
+
+
+def _blank(example: Example, frames: int) -> dict[str, np.ndarray]:
+    shown = np.zeros(frames, bool)
+    shown[0] = True  # attention over nothing is not defined
+    return {
+        "frames": np.zeros((frames, *example.size, 3), np.uint8),
+        "number": np.zeros(frames, np.int32),
+        "shown": shown,
+    }

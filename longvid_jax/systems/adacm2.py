@@ -1,0 +1,446 @@
+"""AdaCM2 (arXiv 2411.12593) on InstructBLIP: a Q-Former watches frame after frame with a video cache that is bounded.
+
+Its cross-attention layers remember keys and values of the frames, and after each frame forget what the queries, which
+know the question, attended to least. The 32 queries' outputs after the last frame are what the decoder reads.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from longvid_jax.convert.settings import Settings
+from longvid_jax.data import chat
+from longvid_jax.errors import InstructionError, OptionError, PromptError, VideoWarning
+from longvid_jax.memory import adacm2
+from longvid_jax.memory.state import AdaCM2Memory, Waiting
+from longvid_jax.models.instructblip import InstructBlip
+from longvid_jax.systems import adacm2_steps as steps
+from longvid_jax.systems import text_steps
+from longvid_jax.systems.base import MAX_NEW_TOKENS, VideoModel
+from longvid_jax.systems.results import AdaCM2Trace, Answer, Output
+from longvid_jax.video import Video, preprocess
+
+WINDOW = 16  # frames that a step takes in
+TEXT_BUCKET = 16  # prompts are padded to this many tokens times a power of two, so that few lengths are compiled
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaCM2:
+    """Run-time choices of AdaCM2, for all cross-attention layers alike or a tuple with one for each.
+
+    alpha: share of the cache that counts as recent and stays. beta: share of the older part that stays. 1 and 1 keep
+    everything. carry_queries: a frame's queries are the outputs of the frame before (fig. 4), or with False always the
+    learned ones; None: as the checkpoint was trained. capacity: tokens that a layer's cache has room for, at least as
+    many as eq. 8 needs; None: so many.
+    scores: "attention", or, to compare with, "shared" (one index set for all layers), "random" (with `seed`), "recent".
+    """
+
+    alpha: float | tuple[float, ...] = 0.1
+    beta: float | tuple[float, ...] = 0.1
+    carry_queries: bool | None = None
+    capacity: int | None = None
+    scores: str = "attention"
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            for one in value if isinstance(value, Sequence) else (value,):
+                if not 0 < one <= 1:
+                    raise OptionError(f"{name} is {one}, but must be above 0 and at most 1.")
+            if isinstance(value, Sequence):
+                object.__setattr__(self, name, tuple(map(float, value)))
+        if self.scores not in adacm2.SCORES:
+            raise OptionError(f"scores is {self.scores!r}, but must be one of {', '.join(adacm2.SCORES)}.")
+        if self.capacity is not None and self.capacity < 1:
+            raise OptionError(f"capacity is {self.capacity}, but must be a positive number of tokens.")
+
+    def policy(self, layers: int) -> adacm2.Policy:
+        """For a Q-Former with so many cross-attention layers; OptionError for a tuple of another length."""
+        shares = []
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            value = value if isinstance(value, tuple) else (float(value),) * layers
+            if len(value) != layers:
+                raise OptionError(f"{name} has {len(value)} values, but this Q-Former has {layers} such layers.")
+            shares.append(value)
+        return adacm2.Policy(*shares, self.scores)
+
+
+# The plain model: every token of every frame stays.
+PLAIN = AdaCM2(alpha=1.0, beta=1.0, carry_queries=False)
+
+
+class AdaCM2Model(VideoModel):
+    """An InstructBLIP that watches videos; with method None nothing is forgotten."""
+
+    def __init__(
+        self,
+        model: InstructBlip,
+        settings: Settings,
+        *,
+        method: AdaCM2 | None = None,
+        tokenizer=None,
+        words=None,
+        mesh=None,
+    ):
+        """words: the Q-Former's tokenizer."""
+        super().__init__(model, settings, method=method, tokenizer=tokenizer, mesh=mesh)
+        self.words = words
+        choices, config = method or PLAIN, model.config
+        self.policy = choices.policy(config.qformer.cross_layers)
+        carry = choices.carry_queries
+        self.carry_queries = config.carry_queries if carry is None else carry
+        self._random = jax.random.key(choices.seed) if choices.scores == "random" else None
+        self._capacity = choices.capacity
+
+    # --- watching -----------------------------------------------------------------------------------------------------
+
+    @property
+    def window(self) -> int:
+        """Frames that one step takes in; `watch` takes any number."""
+        return WINDOW
+
+    @property
+    def asks_once(self) -> bool:
+        """A memory depends on its question, unless the Q-Former takes no instructions, as BLIP-2's."""
+        return self.model.config.qformer.words
+
+    def frame_size(self, video: Video) -> tuple[int, int]:
+        """Height and width at which the model sees a video: its own square, or the video's long_side in patches."""
+        patch = self.model.config.vision.patch
+        if video.long_side:
+            probe = video.probe
+            scale = video.long_side / max(probe.height, probe.width)
+            return tuple(max(1, round(side * scale / patch)) * patch for side in (probe.height, probe.width))
+        return self.settings.size or (self.model.config.vision.image_size,) * 2
+
+    def begin(
+        self,
+        instruction: str | Sequence[str],
+        *,
+        video: Video | Sequence[Video] | None = None,
+        expected_frames: int | Sequence[int] | None = None,
+        frame_size: tuple[int, int] | None = None,
+    ) -> AdaCM2Memory:
+        """An empty memory for watching with this question in mind; lists make a batch.
+
+        Several questions about one video are rows that may watch the same frames (a Frames of one row). The length of
+        the video is not needed.
+        """
+        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
+        if video is not None:
+            videos = [video] if isinstance(video, Video) else list(video)
+            if len(videos) not in (1, len(instructions)):
+                raise OptionError(f"{len(instructions)} questions for {len(videos)} videos: give one question a video.")
+        return self._begin(*self._prompts(instructions))
+
+    def _begin(self, instruction: np.ndarray | None, ids: np.ndarray, places: np.ndarray) -> AdaCM2Memory:
+        batch = len(ids)
+        return AdaCM2Memory(
+            cache=None,
+            outputs=None,
+            waiting=None,
+            instruction=instruction,
+            ids=ids,
+            places=places,
+            grid=np.zeros(2, int),
+            frames=np.zeros(batch, int),
+            read=np.zeros(batch, int),
+            times=np.zeros((1, 0), np.float32),
+        )
+
+    def _look(self, memory: AdaCM2Memory, window: Waiting) -> AdaCM2Memory:
+        patch = self.model.config.vision.patch
+        height, width = window.pixels.shape[2:4]
+        grid = np.array([height // patch, width // patch])
+        if (grid * patch != (height, width)).any() or (memory.grid.any() and (grid != memory.grid).any()):
+            raise OptionError(
+                f"Frames of {width}x{height} do not fit this memory; take them from model.stream(video), or give "
+                f"multiples of {patch} pixels."
+            )
+        with self._on_mesh():
+            features = steps.encode_frames(
+                self.model,
+                preprocess.fill_invalid(window.pixels, window.valid),
+                mean=self.settings.mean,
+                std=self.settings.std,
+            )
+            return self._take_in(memory, features, grid, window.times, window.valid)
+
+    def _take_in(self, memory: AdaCM2Memory, features, grid, times, valid) -> AdaCM2Memory:
+        """Takes in frames of features [B or 1, T, P, C]; the valid ones of [B or 1, T] are a prefix of each row."""
+        config, batch = self.model.config, len(memory.read)
+        valid = np.broadcast_to(valid, (batch, valid.shape[1]))
+        read = memory.read + valid.sum(1)
+        if not memory.read.any():
+            self._tell_of(grid)
+        if config.num_frames and memory.read.max() <= config.num_frames < read.max():
+            warnings.warn(
+                f"The model knows {config.num_frames} frame positions; frames beyond them all get the last one's.",
+                VideoWarning,
+                stacklevel=3,
+            )
+        cache, outputs = self._with_room(memory, features.shape[2], int(memory.read.max()) + valid.shape[1])
+        cache, outputs = steps.watch_window(
+            self.model,
+            cache,
+            outputs,
+            features,
+            memory.read,
+            valid,
+            memory.instruction,
+            self._random,
+            policy=self.policy,
+            carry_queries=self.carry_queries,
+        )
+        seen = np.where(valid[: len(times)], times, np.nan).astype(np.float32)
+        earlier = memory.times if memory.times.size else np.zeros((len(times), 0), np.float32)
+        return dataclasses.replace(
+            memory,
+            cache=cache,
+            outputs=outputs,
+            grid=grid,
+            read=read,
+            times=np.concatenate([earlier, seen], axis=1),
+        )
+
+    def _with_room(self, memory: AdaCM2Memory, tokens: int, frames: int):
+        """The cache and outputs of a memory, with room for a number of frames in all."""
+        shares = list(zip(self.policy.alpha, self.policy.beta, strict=True))
+        bounded = [adacm2.largest(tokens, a, b) for a, b in shares if adacm2.ratio(a, b) < 1]
+        needed = max(bounded, default=0)
+        if len(bounded) < len(shares):  # a layer keeps everything: room for a power of two of frames
+            needed = max(needed, tokens * max(WINDOW, 1 << (frames - 1).bit_length()))
+        if self._capacity is not None:
+            if self._capacity < needed:
+                raise OptionError(
+                    f"capacity is {self._capacity}, but with these alpha and beta, frames of {tokens} tokens need room "
+                    f"for {needed} (eq. 8); give at least that many."
+                )
+            needed = self._capacity
+        if memory.cache is None:
+            return steps.new_memory(self.model, batch=len(memory.read), capacity=needed)
+        if memory.cache.capacity < needed:
+            return steps.grow_cache(memory.cache, capacity=needed), memory.outputs
+        return memory.cache, memory.outputs
+
+    def _tell_of(self, grid: np.ndarray) -> None:
+        side = self.model.config.vision.side
+        if tuple(grid) != (side, side):
+            warnings.warn(
+                f"Frames of {grid[0]} x {grid[1]} patches: the model's positions are for {side} x {side}, and are "
+                "interpolated.",
+                VideoWarning,
+                stacklevel=4,
+            )
+
+    # --- answering ----------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        pixel_values,
+        qformer_input_ids=None,
+        qformer_attention_mask=None,
+        input_ids=None,
+        attention_mask=None,
+        frame_mask=None,
+        **decoding,
+    ) -> Output:
+        """Continues what the Hugging Face processors make.
+
+        pixel_values float [B, T, 3, H, W] (or [B, 3, H, W]: one frame), normalised; frame_mask bool [B, T]: which
+        frames are real, a prefix of each row. qformer_input_ids, qformer_attention_mask [B, S]; input_ids,
+        attention_mask [B, N]: where the ids hold the image token, once for each query, the queries stand there, else
+        before all. decoding: as for answer.
+        """
+        self._check_decoding(**decoding)
+        pixels = np.asarray(pixel_values)
+        pixels = pixels[:, None] if pixels.ndim == 4 else pixels
+        if pixels.ndim != 5 or pixels.shape[2] != 3:
+            raise PromptError(f"pixel_values has the shape {list(pixels.shape)}, but must be [batch, frames, 3, H, W].")
+        batch, length = pixels.shape[:2]
+        valid = np.ones((batch, length), bool) if frame_mask is None else np.asarray(frame_mask, bool)
+        if valid.shape != (batch, length) or not valid[:, 0].all() or (np.diff(valid.astype(int), axis=1) > 0).any():
+            raise PromptError(
+                f"frame_mask must be [{batch}, {length}], true for a frame or more of each row and false behind them."
+            )
+        if input_ids is None or len(np.asarray(input_ids)) != batch:
+            raise PromptError(f"input_ids must hold a row for each of the {batch} videos of pixel_values.")
+        instruction = self._given_instruction(qformer_input_ids, qformer_attention_mask, batch)
+        memory = self._begin(instruction, *self._given_prompt(np.asarray(input_ids), attention_mask))
+        patch = self.model.config.vision.patch
+        grid = np.array(pixels.shape[3:]) // patch
+        if (grid * patch != pixels.shape[3:]).any():
+            raise OptionError(f"Frames of {pixels.shape[4]}x{pixels.shape[3]} must be multiples of {patch} pixels.")
+        pixels = np.moveaxis(pixels, 2, -1)
+        with self._on_mesh():
+            for start in range(0, length, WINDOW):
+                window, real = pixels[:, start : start + WINDOW], valid[:, start : start + WINDOW]
+                short = min(WINDOW, length) - window.shape[1]  # few lengths are compiled
+                window = np.pad(window, ((0, 0), (0, short)) + ((0, 0),) * 3)
+                real = np.pad(real, ((0, 0), (0, short)))
+                unknown = np.full(real.shape, np.nan, np.float32)  # the processors give no times
+                memory = self._take_in(memory, steps.encode_pixels(self.model, window), grid, unknown, real)
+            memory = dataclasses.replace(memory, frames=memory.read)
+            out, trace = self._decode(memory, keep_logits=True, **decoding)
+        count = int(np.asarray(out.count).max())
+        logits = getattr(out, "logits", None)
+        return Output(np.asarray(out.tokens)[:, :count], None if logits is None else logits[:, :count], trace)
+
+    def _answer(self, memory: AdaCM2Memory, instructions: list[str] | None, **decoding) -> Answer:
+        if instructions is not None:
+            instruction, ids, places = self._prompts(instructions)
+            if instruction is not None and not np.array_equal(instruction, memory.instruction):
+                raise InstructionError(
+                    "This memory was watched with the question it began with in mind; begin() and watch again to ask "
+                    "another."
+                )
+            memory = dataclasses.replace(memory, ids=ids, places=places)
+        with self._on_mesh():
+            out, trace = self._decode(memory, **decoding)
+        return self._in_words(out.tokens, out.count, trace)
+
+    def _decode(
+        self,
+        memory: AdaCM2Memory,
+        *,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
+        min_new_tokens: int = 0,
+        keep_logits: bool = False,
+    ):
+        decoder, stop = self.model.text, np.array(self.settings.stop_tokens or (-1,), np.int32)
+        vectors = steps.project(self.model, memory.outputs)
+        length = (memory.ids >= 0).sum(1)
+        searched = num_beams > 1 or min_new_tokens > 0
+        room = memory.ids.shape[1] + (0 if searched else max_new_tokens)
+        cache, logits = text_steps.read_prompt(decoder, memory.ids, memory.places, vectors, capacity=room)
+        if searched:
+            out = text_steps.search_answer(
+                decoder,
+                cache,
+                logits,
+                length,
+                stop,
+                np.int32(min_new_tokens),
+                np.float32(length_penalty),
+                beams=num_beams,
+                max_new_tokens=max_new_tokens,
+            )
+        else:
+            out = text_steps.write_answer(
+                decoder,
+                cache,
+                logits,
+                length,
+                stop,
+                jax.random.key(seed),
+                np.float32(temperature) if temperature > 0 else None,
+                np.float32(top_p),
+                max_new_tokens=max_new_tokens,
+                keep_logits=keep_logits,
+            )
+        return out, self.trace(memory)
+
+    def trace(self, memory: AdaCM2Memory) -> AdaCM2Trace:
+        """What a memory holds."""
+        cache, config = memory.cache, self.model.config
+        token_bytes = 2 * config.qformer.width * cache.keys.dtype.itemsize
+        tokens = int(memory.grid.prod()) + 1
+        return AdaCM2Trace(
+            frames=memory.frames,
+            grid=tuple(memory.grid.tolist()),
+            capacity=cache.capacity,
+            cache_bytes=cache.keys.nbytes + cache.values.nbytes,
+            cache_bytes_uncompressed=int(memory.read.sum()) * tokens * token_bytes * config.qformer.cross_layers,
+            length=cache.length,
+            source=cache.source,
+            times=memory.times,
+        )
+
+    # --- prompts ------------------------------------------------------------------------------------------------------
+
+    def _prompts(self, instructions: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
+        """Instructions as the Q-Former's tokens [B, S], and the decoder's prompts: ids and places [B, N]."""
+        told = None
+        if self.model.config.qformer.words:
+            told = _padded([self._told(text) for text in instructions])
+        rows = [
+            chat.queries_prompt(self.tokenizer, text, self.settings.video_token, self.model.config.num_queries)
+            for text in instructions
+        ]
+        ids, places = zip(*rows, strict=True)
+        return told, _padded(ids), _padded(places)
+
+    def _told(self, text: str) -> list[int]:
+        if self.words is None:
+            raise PromptError(
+                "The checkpoint has no tokenizer for its Q-Former; put its files in qformer_tokenizer/ beside "
+                "config.json, or call generate() with qformer_input_ids."
+            )
+        ids, longest = self.words(text)["input_ids"], self.model.config.qformer.max_length
+        if len(ids) > longest:
+            raise PromptError(f"The question has {len(ids)} tokens, but the Q-Former reads {longest}; shorten it.")
+        return ids
+
+    def _given_instruction(self, ids, mask, batch: int) -> np.ndarray | None:
+        if not self.model.config.qformer.words:
+            return None
+        if ids is None or len(np.asarray(ids)) != batch:
+            raise PromptError(f"qformer_input_ids must hold a row for each of the {batch} videos of pixel_values.")
+        ids = np.asarray(ids)
+        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+        return _padded([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+
+    def _given_prompt(self, ids: np.ndarray, mask) -> tuple[np.ndarray, np.ndarray]:
+        count, token = self.model.config.num_queries, self.settings.video_token
+        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+        rows, places = [], []
+        for row, keep in zip(ids, mask, strict=True):
+            row = row[keep]
+            here = row == token
+            if not here.any():
+                row, here = np.concatenate([np.zeros(count, int), row]), np.arange(count + len(row)) < count
+            if here.sum() != count:
+                raise PromptError(f"input_ids holds the image token {here.sum()} times, but there are {count} queries.")
+            rows.append(np.where(here, 0, row).tolist())
+            places.append(np.where(here, np.cumsum(here) - 1, -1).tolist())
+        return _padded(rows), _padded(places)
+
+    def _check_question(self, text: str, *, max_new_tokens: int = MAX_NEW_TOKENS, **_) -> None:
+        _, ids, _ = self._prompts([text])
+        limit, length = self.model.config.text.rope.original_length, int((ids >= 0).sum())
+        if length + max_new_tokens > limit:
+            raise PromptError(
+                f"The prompt is too long: {length} tokens and {max_new_tokens} new ones exceed the model's {limit} "
+                "positions; shorten the question."
+            )
+
+    def _check_decoding(
+        self, *, num_beams: int = 1, length_penalty: float = 1.0, min_new_tokens: int = 0, **decoding
+    ) -> None:
+        super()._check_decoding(**decoding)
+        if num_beams < 1:
+            raise OptionError(f"num_beams is {num_beams}, but must be at least 1.")
+        if not 0 <= min_new_tokens <= decoding.get("max_new_tokens", MAX_NEW_TOKENS):
+            raise OptionError(f"min_new_tokens is {min_new_tokens}, but must be 0 to max_new_tokens.")
+        if num_beams > 1 and decoding.get("temperature", 0.0) > 0:
+            raise OptionError("num_beams above 1 searches for the likeliest answer; leave temperature at 0.")
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """int32 [B, N] of rows of different lengths, -1 behind their end, N one of few lengths."""
+    longest = max(map(len, rows))
+    length = TEXT_BUCKET * max(1, 1 << (-(-longest // TEXT_BUCKET) - 1).bit_length())
+    padded = np.full((len(rows), length), -1, np.int32)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return padded
