@@ -12,6 +12,11 @@ tiny learns the made-up world, on towers that `configs/world_towers.py:tiny` has
 
   longvid train --config configs/adacm2.py:tiny --workdir runs/adacm2 --config.towers=runs/towers/model
 
+policy goes on from it for a few minutes with a cache that forgets, and learns with what stays:
+
+  longvid train --config configs/adacm2.py:policy --workdir runs/recent --config.checkpoint=runs/adacm2/model \
+    --config.adacm2.scores=recent
+
 smoke takes seconds and learns next to nothing: to see that all of it runs.
 """  # noqa: E501
 
@@ -22,13 +27,14 @@ LVU = ("relationship", "way_speaking", "scene", "director", "genre", "writer", "
 RECIPES = {
     **{f"lvu_{task}": ("lvu", {"task": task, "num_frames": 100}, 1e-4, 20, 64, (64,)) for task in LVU},
     "breakfast": ("breakfast", {"num_frames": 100}, 1e-4, 20, 64, (64,)),
-    "coin": ("coin", {"num_frames": 100, "split": "training"}, 1e-4, 20, 64, (64,)),
-    "msrvtt_cap": ("captions", {"num_frames": 80}, 1e-5, 10, 128, (64, 128)),
-    "msvd_cap": ("captions", {"num_frames": 80}, 1e-5, 10, 128, (64, 128)),
-    "youcook2_cap": ("captions", {"num_frames": 80}, 1e-4, 10, 128, (64, 128)),
-    "msrvtt_qa": ("questions", {"num_frames": 20}, 1e-4, 5, 128, (64, 96)),
-    "msvd_qa": ("questions", {"num_frames": 20}, 1e-4, 5, 128, (64, 96)),
+    "coin": ("coin", {"num_frames": 100}, 1e-4, 20, 64, (64,)),
+    "msrvtt_cap": ("captions", {"num_frames": 80}, 1e-5, 10, 128, (64, 128, 256)),
+    "msvd_cap": ("captions", {"num_frames": 80}, 1e-5, 10, 128, (64, 128, 256)),
+    "youcook2_cap": ("captions", {"num_frames": 80}, 1e-4, 10, 128, (64, 128, 256)),
+    "msrvtt_qa": ("questions", {"num_frames": 20}, 1e-4, 5, 128, (64, 96, 192)),
+    "msvd_qa": ("questions", {"num_frames": 20}, 1e-4, 5, 128, (64, 96, 192)),
 }
+DECAYED = (".*/kernel", ".*/embedding", "query_tokens")  # MA-LMM's: all that is not a vector
 TRAINED = ("qformer/.*", "query_tokens", "projection/.*", "frames/.*")
 
 SIZE, FPS, QUERIES = 56, 2, 32  # pixels of a frame's side, sampled frames a second
@@ -39,6 +45,8 @@ QFORMER = {
     "intermediate_size": 256,
     "max_position_embeddings": 64,
 }
+# All but captions, which 32 vectors for one question are not asked to carry.
+FAMILIES = ("needle", "order", "count", "when", "state", "presence")
 FRESH = ("/cross", "/query_mlp", "/layers/04/", "/layers/05/")  # what a BERT of four layers does not have
 
 
@@ -46,16 +54,17 @@ def get_config(variant: str = "lvu_relationship"):
     config = base()
     config.trainable = TRAINED
     config.remat = "full"
-    if variant in ("tiny", "smoke"):
-        return _world(config, smoke=variant == "smoke")
+    if variant in ("tiny", "policy", "smoke"):
+        return _world(config, variant)
     if variant not in RECIPES:
-        raise ValueError(f"there is no variant {variant!r}, but {', '.join(RECIPES)}, tiny and smoke")
+        raise ValueError(f"there is no variant {variant!r}, but {', '.join(RECIPES)}, tiny, policy and smoke")
     kind, source, lr, epochs, batch, text = RECIPES[variant]
     config.compute_dtype = "bfloat16"
     config.save.dtype = "bfloat16"
     config.seed = 42
     config.optim.lr = lr
     config.optim.weight_decay = 0.05
+    config.optim.decay = DECAYED
     config.optim.warmup = 1000
     config.optim.clip = None
     config.frame_positions.count = 120
@@ -73,7 +82,7 @@ def get_config(variant: str = "lvu_relationship"):
     return config
 
 
-def _world(config, *, smoke: bool):
+def _world(config, variant: str):
     config.optim.rule = "muon"
     config.optim.lr = 3e-3
     config.optim.b2 = 0.99
@@ -84,7 +93,7 @@ def _world(config, *, smoke: bool):
     config.adacm2.stop_gradient = True
     config.remat = "none"
     config.frame_positions.initial = "waves"
-    if smoke:
+    if variant == "smoke":
         sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
         config.model = {
             "model_type": "instructblip",
@@ -101,6 +110,17 @@ def _world(config, *, smoke: bool):
         config.log_every = 1
         config.optim.warmup = 1
         return config
+    config.eval = _held_out(every=400, batches=24, batch_size=5, seconds=16.0)
+    config.save.every = 200
+    config.save.dtype = "bfloat16"
+    config.benchmark = {"seconds": 16.0, "fps": FPS, "size": SIZE, "level": "clear"}
+    if variant == "policy":
+        config.adacm2.alpha, config.adacm2.beta = 0.1, 0.5
+        config.optim.lr = 1e-3
+        config.optim.warmup = 20
+        config.stages = (_questions(steps=250, batch_size=2, seconds=16.0, asked=8),)
+        config.eval.every = 250
+        return config
     config.model = {"model_type": "instructblip", "num_query_tokens": QUERIES, "qformer_config": QFORMER}
     towers = config.get_ref("towers")
     config.parts = (
@@ -110,15 +130,10 @@ def _world(config, *, smoke: bool):
     )
     config.frame_positions.count = 2048
     config.stages = (
-        _questions(steps=300, batch_size=16, seconds=4.0, asked=8),
-        _questions(steps=400, batch_size=12, seconds=8.0, asked=8),
-        _questions(steps=1800, batch_size=8, seconds=16.0, asked=8),
+        _questions(steps=300, batch_size=5, seconds=8.0, asked=8),
+        _questions(steps=1300, batch_size=5, seconds=16.0, asked=8),
     )
-    config.eval = _held_out(every=500, batches=12, batch_size=8, seconds=16.0)
-    config.save.every = 250
-    config.save.dtype = "bfloat16"
     config.assets = "adacm2_world"
-    config.benchmark = {"seconds": 16.0, "fps": FPS, "size": SIZE, "level": "clear"}
     config.optim.warmup = 100
     return config
 
@@ -126,14 +141,14 @@ def _world(config, *, smoke: bool):
 def _questions(steps: int, batch_size: int, seconds: float, asked: int, size: int = SIZE):
     """Half of the videos stand later and wider apart than they are, so that later frame positions are learned too."""
     source = {"kind": "world", "count": 10_000_000, "seconds": (seconds,), "size": (size, size), "questions": asked}
-    source |= {"temporal": 1, "offset": 384, "stride": 2}
+    source |= {"temporal": 1, "offset": 384, "stride": 2, "families": FAMILIES}
     return stage(
         task="instructed",
         steps=steps,
         batch_size=batch_size,
         sources=(source,),
         frames=(int(seconds * FPS),),
-        text=(64, 96, 128, 192),
+        text=(68,),
     )
 
 
@@ -144,7 +159,7 @@ def _held_out(every: int, batches: int, batch_size: int, seconds: float, size: i
         "task": "instructed",
         "batches": batches,
         "batch_size": batch_size,
-        "sources": (source | {"questions": 8, "temporal": 1},),
+        "sources": (source | {"questions": 8, "temporal": 1, "families": FAMILIES},),
         "frames": (int(seconds * FPS),),
-        "text": (64, 96, 128, 192),
+        "text": (68,),
     }

@@ -83,16 +83,27 @@ def get_config(variant: str = "tiny"):
     config.parts = (
         {"to": "text", "source": str(assets.path("qwen2vl_world")), "part": "text", "new": ("/attention/o/bias",)},
     )
-    config.stages = (_towers(steps=2000, batch_size=8, questions=14),)
-    config.eval = _held_out(every=500, batches=8, batch_size=16)
-    config.save.every = 500
+    config.stages = (
+        _towers(steps=400, batch_size=8, questions=14),
+        _towers(steps=1600, batch_size=6, questions=14, worlds=8),
+    )
+    config.eval = _held_out(every=400, batches=8, batch_size=16)
+    config.save.every = 400
     config.save.keep_best = 0
     config.optim.warmup = 100
     return config
 
 
-def _towers(steps: int, batch_size: int, questions: int):
-    moments = {"kind": "moments", "size": (SIZE, SIZE), "monochrome": 0.1, "recoloured": 0.4, "moments": 12}
+def _towers(steps: int, batch_size: int, questions: int, worlds: int = 0):
+    worlds = worlds or batch_size
+    moments = {
+        "worlds": worlds,
+        "kind": "moments",
+        "size": (SIZE, SIZE),
+        "monochrome": 0.1,
+        "recoloured": 0.4,
+        "moments": 12,
+    }
     facts = {"kind": "facts", "count": 10_000_000, "questions": questions, "temporal": 1, "slots": QUERIES}
     facts |= {"seconds": (16.0, 8.0, 16.0, 32.0, 16.0, 64.0), "offset": 128, "stride": 3}
     return stage(task="towers", steps=steps, batch_size=batch_size, sources=(moments, facts), text=TEXT)

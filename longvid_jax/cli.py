@@ -23,8 +23,10 @@ INTERRUPTED, BROKEN_PIPE = 130, 141  # what shells give for SIGINT and SIGPIPE
 WIDE = 1000  # columns
 SHOWN_FAULTS = 5  # of a checkpoint that has many
 DTYPES = ("float32", "bfloat16", "float16")
+KINDS = "a Qwen2-VL or an InstructBLIP"
 BENCHMARKS = {  # each a module evaluate.bench_NAME with add_arguments, run and report
     "retake": "plain against compressed prefill and decoding",
+    "adacm2": "the memory cycle, beside the same in a PyTorch loop",
     "convert": "converting a large checkpoint, beside copying it",
     "claims": "what a paper says of its method, on the made-up world",
     "train": "training steps fed with examples made on the way, beside batches at hand",
@@ -71,6 +73,7 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "try it: a made-up video and a tiny trained model, nothing to download")
     demo.add_argument("--keep", metavar="DIR", help="keep the video, what happens in it and the timeline figure in DIR")
     demo.add_argument("--seed", type=int, default=0, help="another one makes another video (default: 0)")
+    demo.add_argument("--system", choices=("retake", "adacm2"), default="retake", help="(default: %(default)s)")
 
     _ask_arguments(_command(commands, "ask", _ask, "ask one or more questions about a video"))
 
@@ -125,7 +128,7 @@ def _ask_arguments(ask: argparse.ArgumentParser) -> None:
     ask.add_argument("video", metavar="VIDEO", help="a video file, or a folder of images")
     ask.add_argument("questions", metavar="QUESTION", nargs="+", help="several are answered after one watching")
     ask.add_argument(
-        "--model", metavar="PATH", required=True, help="converted folder, Hugging Face folder or hub id of a Qwen2-VL"
+        "--model", metavar="PATH", required=True, help=f"converted folder, Hugging Face folder or hub id of {KINDS}"
     )
     ask.add_argument("--dtype", choices=DTYPES, help="of the weights (default: by device)")
     ask.add_argument("--check", action="store_true", help="refuse weights with NaN or infinity in them")
@@ -137,7 +140,7 @@ def _ask_arguments(ask: argparse.ArgumentParser) -> None:
     names = "fps, linspace, qwen, retake, vlmevalkit, lvb, mid or moviechat"
     sampling.add_argument("--sampler", metavar="NAME", default="fps", help=f"{names} (default: fps)")
     sampling.add_argument(
-        "--long-side", type=int, metavar="PX", help="pixels of the longer side (default: Qwen's rule)"
+        "--long-side", type=int, metavar="PX", help="pixels of the longer side (default: the model's own rule)"
     )
 
     options.add_method(ask)
@@ -149,6 +152,7 @@ def _ask_arguments(ask: argparse.ArgumentParser) -> None:
         "--top-p", type=float, metavar="F", default=1.0, help="nucleus of this probability (default: 1)"
     )
     decoding.add_argument("--seed", type=int, metavar="N", default=0, help="of sampling (default: 0)")
+    options.add_beams(decoding)
 
 
 def _ask(arguments: argparse.Namespace) -> None:
@@ -156,9 +160,9 @@ def _ask(arguments: argparse.Namespace) -> None:
 
     import longvid_jax as lv
     from longvid_jax import convert
-    from longvid_jax.evaluate.ask import ask
+    from longvid_jax.evaluate.ask import ask, in_words
 
-    method = options.method(arguments)
+    options.check(arguments)
     draw = _timeline(arguments.plot) if arguments.plot else None
     video = lv.Video(
         arguments.video,
@@ -167,8 +171,10 @@ def _ask(arguments: argparse.Namespace) -> None:
         sampler=arguments.sampler,
         long_side=arguments.long_side,
     )
-    watchings = len(arguments.questions) if method is not None and method.prompt_guided else 1
-    expected = watchings * len(video)
+    expected = len(video)
+    method = options.method(arguments, arguments.model)
+    if isinstance(method, lv.ReTaKe) and method.prompt_guided:
+        expected *= len(arguments.questions)  # each is a watching of its own
     keep_compiled()
     with progress() as bars:
         bar, start = bars.add_task("loading", total=None), time.perf_counter()
@@ -192,6 +198,7 @@ def _ask(arguments: argparse.Namespace) -> None:
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             seed=arguments.seed,
+            **options.beams(arguments),
         )
         bars.update(bar, description="watched")
     if draw is not None:
@@ -204,11 +211,7 @@ def _ask(arguments: argparse.Namespace) -> None:
         if len(answers) > 1:
             print(f"> {question}")
         print(printable(answer.text))
-    trace = result["trace"]
-    say(
-        f"{trace['frames']} frames became {trace['tokens']:,} tokens, {trace['tokens_kept']:,} of which were kept: "
-        f"{trace['cache_bytes'] / 1e6:,.1f} MB of cache instead of {trace['cache_bytes_uncompressed'] / 1e6:,.1f} MB"
-    )
+    say(in_words(answers[0].trace))
 
 
 def _timeline(path: str):
@@ -229,7 +232,10 @@ def _demo(arguments: argparse.Namespace) -> None:
 
         bar = bars.add_task("starting", total=None)
         result = demo.run(
-            keep=arguments.keep, seed=arguments.seed, stage=lambda what: bars.update(bar, description=what)
+            arguments.system,
+            keep=arguments.keep,
+            seed=arguments.seed,
+            stage=lambda what: bars.update(bar, description=what),
         )
         bars.update(bar, visible=False)
     print_json(result) if arguments.json else print(printable(demo.report(result)))

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     worlds.add_argument("--questions", type=int, metavar="N", help="on one video, at most (default: 8)")
     worlds.add_argument("--letters", action="store_true", help="multiple choice: the answer is a letter")
     worlds.add_argument("--no-baselines", action="store_true", help="only the model, which takes half the time")
-    options.add_method(parser, default=None)
+    options.add_method(parser, plain=True)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     from longvid_jax.evaluate import world_scores
     from longvid_jax.evaluate.world import Setup, check_size
 
-    method, (path, chosen) = options.method(arguments), _model(arguments)
+    options.check(arguments)
+    path, chosen = _model(arguments)
     chosen |= {name: value for name in SETUP if (value := getattr(arguments, name)) is not None}
     if arguments.size is not None:
         chosen["size"] = (arguments.size, arguments.size)
@@ -53,6 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
         chosen["letters"] = True
     setup = Setup(**chosen)
     setup.world(0)  # a length or a level that cannot be is found before a model is loaded
+    method = options.method(arguments, path)
     keep_compiled()
     with progress() as bars:
         from longvid_jax.systems.loading import load

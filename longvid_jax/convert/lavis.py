@@ -74,9 +74,10 @@ def qkv_bias(q: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _renamed(key: str, config: dict) -> str:
-    depth = (config.get("vision_config") or {}).get("num_hidden_layers", EvaConfig.depth)
-    if (block := re.match(r"blocks\.(\d+)\.", key)) and int(block[1]) >= depth:
-        return key  # EVA's own file has one more than is used
+    if block := re.match(r"blocks\.(\d+)\.", key):
+        depth = (config.get("vision_config") or {}).get("num_hidden_layers", EvaConfig.depth)
+        if int(block[1]) >= depth:
+            return key  # EVA's own file has one more than is used
     if found := EMBEDDINGS.fullmatch(key):
         own, norm = ("", "layernorm.") if config["model_type"] == "blip-2" else ("qformer.", "embeddings.layernorm.")
         return f"qformer.{norm}{found[1]}" if found[1] else f"{own}embeddings.{found[2]}"

@@ -17,6 +17,7 @@ from longvid_jax.models.bert import Bert, BertConfig
 from longvid_jax.models.instructblip import DECODERS, InstructBlip, InstructBlipConfig, language_model
 from longvid_jax.models.llama import Decoder, DecoderConfig
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from longvid_jax.models.rewind import Rewind, RewindConfig
 from longvid_jax.models.towers import Towers, TowersConfig
 
 NETWORKS = {
@@ -27,6 +28,7 @@ NETWORKS = {
     "instructblip": (InstructBlip, InstructBlipConfig),
     "blip-2": (InstructBlip, InstructBlipConfig),
     "world_towers": (Towers, TowersConfig),
+    "rewind": (Rewind, RewindConfig),
 }
 
 

@@ -249,6 +249,68 @@ def _towers_table(config: dict) -> Table:
     return Table(rules, tied=tuple(f"language_model.{key}" for key in TIED))
 
 
+def _attended(there: str, root: str) -> list[Rule]:
+    """An attention of the library's own layout, whose maps have the names that they have here."""
+    return [rule for p in "qkvo" for rule in _linear(f"{there}.{p}", f"{root}/{p}")]
+
+
+def _conditioning(there: str, root: str) -> list[Rule]:
+    return [
+        *_attended(there, root),
+        *_layer_norm(f"{there}.norm", f"{root}/norm"),
+        Rule(f"{there}.gate", f"{root}/gate"),
+    ]
+
+
+def _perceiver() -> list[Rule]:
+    """What is ReWind's own, under the names that it has here."""
+    source, target = "perceiver.layers.{n}", "perceiver/layers/{n}"
+    return [
+        Rule("perceiver.query_tokens", "perceiver/query_tokens"),
+        *_linear("perceiver.instruction", "perceiver/instruction"),
+        Rule("perceiver.positions.weight", "perceiver/positions/frames/embedding"),
+        *_conditioning("perceiver.condition", "perceiver/condition"),
+        *_linear("perceiver.beside", "perceiver/beside"),
+        *_conditioning(f"{source}.condition", f"{target}/condition"),
+        *(
+            rule
+            for norm in ("video_norm", "cross_norm", "temporal_norm", "mlp_norm")
+            for rule in _layer_norm(f"{source}.{norm}", f"{target}/{norm}")
+        ),
+        *_attended(f"{source}.cross", f"{target}/cross"),
+        *_attended(f"{source}.temporal", f"{target}/temporal"),
+        *_linear(f"{source}.mlp.fc1", f"{target}/mlp/fc1"),
+        *_linear(f"{source}.mlp.fc2", f"{target}/mlp/fc2"),
+        *_layer_norm("perceiver.norm", "perceiver/norm"),
+        Rule("memory.write_tokens", "memory/write_tokens"),
+        Rule("memory.positions.weight", "memory/positions/frames/embedding"),
+        *_attended("memory.reading", "memory/reading"),
+        *_attended("memory.writing", "memory/writing"),
+        *(
+            rule
+            for norm in ("read_norm", "write_norm", "token_norm")
+            for rule in _layer_norm(f"memory.{norm}", f"memory/{norm}")
+        ),
+        *_linear("contrast.video", "contrast/video"),
+        *_linear("contrast.caption", "contrast/caption"),
+        Rule("contrast.temperature", "contrast/temperature"),
+        Rule("contrast.offset", "contrast/offset"),
+    ]
+
+
+def _rewind_table(config: dict) -> Table:
+    rules = (
+        *_eva(config.get("vision_config") or {}, "vision/", "vision_model."),
+        *_bert("bert/", "bert."),
+        *_perceiver(),
+        *_linear("memory_projection", "memory_projection"),
+        *_linear("detail_projection", "detail_projection"),
+        Rule("separator", "separator"),
+        *_decoder("text/", "language_model."),
+    )
+    return Table(rules, tied=tuple(f"language_model.{key}" for key in TIED))
+
+
 MODELS = {
     "llama": ("LlamaForCausalLM", _text_table),
     "qwen2": ("Qwen2ForCausalLM", _text_table),
@@ -257,6 +319,7 @@ MODELS = {
     "instructblip": ("InstructBlipForConditionalGeneration", _instructblip_table),
     "blip-2": ("Blip2ForConditionalGeneration", _instructblip_table),
     "world_towers": ("WorldTowers", _towers_table),  # the library's own: models.towers
+    "rewind": ("RewindForConditionalGeneration", _rewind_table),  # likewise: models.rewind
 }
 
 

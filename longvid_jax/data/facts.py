@@ -109,7 +109,8 @@ class FactBatches:
         arrays["facts"] = np.stack([examples[row].frames() for row in mine])
         arrays["packed"] = sizes(turns, slots, length)
         if self.words is not None:
-            arrays |= self._words([examples[row] for row in mine], np.random.default_rng([b, self.process, 3]))
+            words = self._words(examples, np.random.default_rng([b, 0, 3]))
+            arrays |= {name: array[mine.start : mine.stop] for name, array in words.items()}
         return Batch(b, arrays, tuple(examples), {})
 
     def _words(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, np.ndarray]:

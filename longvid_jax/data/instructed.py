@@ -10,9 +10,9 @@ import numpy as np
 
 from longvid_jax.data.batches import Batch, Example, bucket
 from longvid_jax.data.packing import tokenize
-from longvid_jax.errors import DataError, LongvidError, OptionError, VideoError
+from longvid_jax.errors import DataError, LongvidError, OptionError, PromptError, VideoError
 
-ASKED = 4  # the number of questions is rounded up to a multiple, so that few shapes are compiled
+ASKED, STEP = 4, 24  # the number of questions, and of their tokens, is rounded up to a multiple: few are compiled
 
 
 def conversation(
@@ -26,6 +26,10 @@ def conversation(
         turns = tokenize(tokenizer, [(question, answer)], video_token)
         before, ids, is_answer = list(turns.before), list(turns.ids), list(turns.is_answer)
     else:
+        if tokenizer.eos_token_id is None:
+            raise PromptError(
+                "The tokenizer has no token that ends answers; name its eos_token in tokenizer_config.json."
+            )
         prompt = tokenizer(question)["input_ids"]
         said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         before, ids, is_answer = [], [*prompt, *said], [False] * len(prompt) + [True] * len(said)
@@ -104,10 +108,10 @@ class InstructedBatches:
             raise type(error)(f"{example.id}: {error}") from error
 
     def _reads(self, examples: Sequence[Example]) -> int:
-        """Tokens of the longest question of all processes, in steps of 8, cut where a Q-Former reads no more."""
+        """Tokens of the longest question of all processes, in steps of 24, cut where a Q-Former reads no more."""
         questions = [turns[0][0] for example in examples for turns in example.conversations]
         longest = max(map(len, self.words(questions)["input_ids"])) if self.words is not None else 1
-        return min(self.reads, -(-longest // 8) * 8)
+        return min(self.reads, -(-longest // STEP) * STEP)
 
     def _row(self, example: Example, told: list[tuple], asked: int, length: int, reads: int) -> dict[str, np.ndarray]:
         arrays = {

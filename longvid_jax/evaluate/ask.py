@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import singledispatch
 
 import numpy as np
 
 from longvid_jax.systems.base import VideoModel
-from longvid_jax.systems.results import Answer, Trace
-from longvid_jax.systems.retake import RetakeModel
+from longvid_jax.systems.results import Account, AdaCM2Trace, Answer, Trace
 from longvid_jax.video import Video
 
 MARKED = 0.5  # a temporal patch is a keyframe if DPSelect marks at least this share of it
 
 
 def ask(
-    model: RetakeModel,
+    model: VideoModel,
     video: Video,
     questions: Sequence[str],
     *,
     progress: Callable[[int], None] | None = None,
     **decoding,
 ) -> tuple[list[Answer], dict]:
-    """Watches a video once, answers all questions, and describes what happened.
+    """Watches a video once (or, where a system must, once a question), answers all, and describes what happened.
 
     Args:
       progress: called with the number of frames of each window that was watched.
@@ -40,10 +40,20 @@ def ask(
             for question, answer in zip(questions, answers, strict=True)
         ],
         "video": describe_video(model, video),
-        "method": {"name": "none"} if model.method is None else {"name": "retake", **dataclasses.asdict(model.method)},
+        "method": describe_method(model),
         "trace": describe_trace(first),
         "seconds": dict(first.seconds),
     }
+
+
+def describe_method(model: VideoModel) -> dict:
+    """The run-time choices of a model as plain data; `name` is that of the command line."""
+    if model.method is None:
+        return {"name": "none"}
+    choices = dataclasses.asdict(model.method)
+    if choices.get("carry_queries", True) is None:  # as the checkpoint was trained
+        choices["carry_queries"] = model.carry_queries
+    return {"name": type(model.method).__name__.lower(), **choices}
 
 
 def describe_video(model: VideoModel, video: Video) -> dict:
@@ -64,8 +74,24 @@ def describe_video(model: VideoModel, video: Video) -> dict:
     }
 
 
-def describe_trace(trace: Trace) -> dict:
-    """The trace of one video (B = 1) as plain data; patches are temporal ones, in time order."""
+@singledispatch
+def describe_trace(trace: Account) -> dict:
+    """The trace of one video (B = 1) as plain data."""
+    raise TypeError(f"no trace of a system: {trace!r}")
+
+
+@singledispatch
+def in_words(trace: Account) -> str:
+    """What became of one video (B = 1), as a line."""
+    raise TypeError(f"no trace of a system: {trace!r}")
+
+
+# --- ReTaKe -----------------------------------------------------------------------------------------------------------
+
+
+@describe_trace.register
+def _(trace: Trace) -> dict:
+    """Patches are temporal ones, in time order."""
     patches = None
     if trace.keyframes is not None:
         patches = [
@@ -88,6 +114,15 @@ def describe_trace(trace: Trace) -> dict:
     }
 
 
+@in_words.register
+def _(trace: Trace) -> str:
+    kept = sum(int(chunk.kept[0]) for chunk in trace.chunks)
+    return (
+        f"{int(trace.frames[0])} frames became {int(trace.tokens[0]):,} tokens, {kept:,} of which were kept: "
+        f"{_megabytes(trace.cache_bytes)} MB of cache instead of {_megabytes(trace.cache_bytes_uncompressed)} MB"
+    )
+
+
 def kept_share(trace: Trace) -> np.ndarray:
     """float [L, T]: the share of each temporal patch's tokens that each layer keeps, of one video (B = 1)."""
     per_patch = int(np.prod(trace.grid))
@@ -99,3 +134,58 @@ def kept_share(trace: Trace) -> np.ndarray:
             counts.append(np.bincount(real // per_patch, minlength=int(chunk.patches[0])))
         layers.append(np.concatenate(counts))
     return np.stack(layers) / per_patch
+
+
+# --- AdaCM2 -----------------------------------------------------------------------------------------------------------
+
+
+@describe_trace.register
+def _(trace: AdaCM2Trace) -> dict:
+    """held: the moments of which any layer holds tokens, with how many of each layer's."""
+    counts = held_counts(trace)
+    return {
+        "frames": int(trace.frames[0]),
+        "tokens": int(trace.frames[0]) * trace.tokens,
+        "tokens_held": counts.sum(1).tolist(),
+        "grid": list(trace.grid),
+        "cache_bytes": held_bytes(trace),
+        "cache_bytes_uncompressed": trace.cache_bytes_uncompressed,
+        "cache_bytes_allocated": trace.cache_bytes,
+        "cache_capacity": trace.capacity,
+        "held": [
+            {"frame": int(frame), "time": float(trace.times[0, frame]), "tokens": counts[:, frame].tolist()}
+            for frame in np.flatnonzero(counts.any(0))
+        ],
+    }
+
+
+@in_words.register
+def _(trace: AdaCM2Trace) -> str:
+    least, most = int(held_counts(trace).sum(1).min()), int(held_counts(trace).sum(1).max())
+    held = f"{most:,}" if least == most else f"{least:,} to {most:,}"
+    return (
+        f"{int(trace.frames[0])} frames became {int(trace.frames[0]) * trace.tokens:,} tokens, {held} of which each "
+        f"layer holds: {_megabytes(held_bytes(trace))} MB of cache instead of "
+        f"{_megabytes(trace.cache_bytes_uncompressed)} MB"
+    )
+
+
+def held_bytes(trace: AdaCM2Trace) -> int:
+    """What keys and values of the tokens that are held take, all layers together: of what is allocated, that much."""
+    places = trace.capacity * np.asarray(trace.length).size
+    return trace.cache_bytes // places * int(np.asarray(trace.length).sum())
+
+
+def held_counts(trace: AdaCM2Trace) -> np.ndarray:
+    """int [L, T]: how many tokens of each frame each layer holds, of one video (B = 1)."""
+    frames = int(trace.frames[0])
+    return np.stack([np.bincount(rows[0][:, 0], minlength=frames) for rows in trace.kept])
+
+
+def held_places(trace: AdaCM2Trace) -> np.ndarray:
+    """int [L, P]: how many tokens from each place of a frame each layer holds (B = 1): 0 the class token, patches."""
+    return np.stack([np.bincount(rows[0][:, 1], minlength=trace.tokens) for rows in trace.kept])
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.{1 if count >= 1e5 else 3}f}"

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import claims, heatmap
+from longvid_jax.evaluate import claims, claims_adacm2_report, heatmap
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.world import Setup, check_size
 from longvid_jax.terminal import progress
@@ -21,8 +21,8 @@ TABLE, RESULT, FIGURE, NEEDLES = "claims.csv", "claims.json", "claims.png", "nee
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `longvid bench claims`."""
-    parser.add_argument("--system", choices=("retake",), default="retake", help="whose claims (default: retake)")
-    parser.add_argument("--model", metavar="PATH", help="a Qwen2-VL trained on the world (default: the shipped one)")
+    parser.add_argument("--system", choices=("retake", "adacm2"), default="retake", help="(default: %(default)s)")
+    parser.add_argument("--model", metavar="PATH", help="one trained on the world (default: the shipped one)")
     parser.add_argument("--out", metavar="DIR", help="keep answers (and go on from them), tables and figures there")
     parser.add_argument("--seeds", type=int, metavar="N", help="of worlds (default: 5)")
     parser.add_argument("--examples", type=int, metavar="N", help="questions a seed (default: 400)")
@@ -30,16 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=16.0, help="that the plain model is for (default: 16)")
     parser.add_argument("--fps", type=float, default=2.0, help="sampled frames a second (default: 2)")
     parser.add_argument("--size", type=int, default=56, metavar="PX", help="of the frames (default: 56)")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="times --seconds (default: 1 4 8)")
-    parser.add_argument("--ratios", type=float, nargs="+", metavar="F", help="(default: 0.5 0.25 0.1 0.05)")
-    parser.add_argument("--heatmap", action="store_true", help="also needles by depth and length, to 32 times as long")
-    parser.add_argument("--needles", type=int, metavar="N", help="at each depth and length (default: 32)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="times --seconds (default: 1 4 8; 1 4 16)")
     parser.add_argument("--quick", action="store_true", help="few questions, to see that it runs")
     parser.add_argument("--no-figure", action="store_true", help="tables only, which need no matplotlib")
+    retake = parser.add_argument_group("retake")
+    retake.add_argument("--ratios", type=float, nargs="+", metavar="F", help="(default: 0.5 0.25 0.1 0.05)")
+    retake.add_argument("--heatmap", action="store_true", help="also needles by depth and length, to 32 times as long")
+    retake.add_argument("--needles", type=int, metavar="N", help="at each depth and length (default: 32)")
+    claims_adacm2_report.add_arguments(parser.add_argument_group("adacm2"))
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """Measures; returns plain values, ready for JSON. Raises OptionError for what cannot be run."""
+    _check_options(arguments)
+    if arguments.system == "adacm2":
+        if arguments.out and not arguments.no_figure:
+            _check_figures()
+        return claims_adacm2_report.run(arguments)
     plan, needles = _plans(arguments)
     if arguments.out and not arguments.no_figure:
         _check_figures()
@@ -69,6 +76,14 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.out:
         _write(found, Path(arguments.out).expanduser(), figures=not arguments.no_figure)
     return found
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    """OptionError for options that are the other system's."""
+    others = claims_adacm2_report.OPTIONS if arguments.system == "retake" else ("ratios", "heatmap", "needles")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name)]
+    if given:
+        raise OptionError(f"--system {arguments.system} has no {', '.join(given)}; leave it out.")
 
 
 def _plans(arguments: argparse.Namespace) -> tuple[claims.Plan, heatmap.Plan | None]:
@@ -138,6 +153,8 @@ SHOWN = ("all", claims.TIMELESS, "when", "when IoU", "caption events")
 
 def report(found: dict) -> str:
     """The result of `run` as text."""
+    if found["system"] == "adacm2":
+        return claims_adacm2_report.report(found)
     rows, setup = found["rows"], found["setup"]
     ratios = sorted({row["ratio"] for row in rows if row["ratio"] < 1}, reverse=True)
     by_place = {(row["length"], row["measure"], row["way"], row["ratio"]): row for row in rows}

@@ -56,7 +56,7 @@ def _panel(axes, rows: list[dict]) -> None:
 
     plain = next(row for row in rows if row["way"] == claims.PLAIN_WAY)
     axes.axhline(plain["value"], color=INK, linewidth=0.8, linestyle=":", label="everything kept")
-    for n, (way, (colour, style, marker)) in enumerate(STYLE.items()):
+    for n, (way, (colour, line, marker)) in enumerate(STYLE.items()):
         mine = sorted((row for row in rows if row["way"] == way), key=lambda row: row["ratio"])
         if not mine:
             continue
@@ -68,7 +68,7 @@ def _panel(axes, rows: list[dict]) -> None:
                 [max(0.0, row["to_plain_high"] - row["to_plain"]) for row in mine],
             ],
             color=colour,
-            linestyle=style,
+            linestyle=line,
             marker=marker,
             markersize=3,
             linewidth=0.9,
@@ -79,7 +79,7 @@ def _panel(axes, rows: list[dict]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(sorted({row["ratio"] for row in rows if row["ratio"] < 1})))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _style(axes)
+    style(axes)
 
 
 def needles(found: dict, path: Path) -> Path:
@@ -102,7 +102,7 @@ def needles(found: dict, path: Path) -> Path:
         axes.set_xticks(range(len(found["seconds"])), [clock(seconds) for seconds in found["seconds"]])
         axes.set_yticks(range(len(found["depths"])), [f"{depth:.0%}" for depth in found["depths"]])
         axes.set_xlabel("length (min:sec)", fontsize=7.5, color=INK)
-        _style(axes)
+        style(axes)
     panels[0].set_ylabel("depth of the needle", fontsize=7.5, color=INK)
     bar = figure.colorbar(image, ax=panels, format=PercentFormatter(1, 0), shrink=0.9)
     bar.ax.tick_params(labelsize=7, colors=INK)
@@ -111,7 +111,8 @@ def needles(found: dict, path: Path) -> Path:
     return path
 
 
-def _style(axes) -> None:
+def style(axes) -> None:
+    """Small, quiet axes."""
     axes.tick_params(labelsize=7, colors=INK, width=0.5, length=2.5)
     for spine in axes.spines.values():
         spine.set(linewidth=0.5, color=FAINT)

@@ -1,4 +1,4 @@
-"""`longvid demo`: a made-up video of several minutes, and a tiny trained model that is asked about it with ReTaKe."""
+"""`longvid demo`: a made-up video, and a tiny trained model that is asked about it with a memory that keeps little."""
 
 from __future__ import annotations
 
@@ -14,16 +14,49 @@ from longvid_jax.evaluate import assets
 from longvid_jax.evaluate.ask import ask
 from longvid_jax.evaluate.metrics import event_score, span_iou
 from longvid_jax.evaluate.timeline import Span, check, clock, plot
+from longvid_jax.systems.adacm2 import AdaCM2
 from longvid_jax.systems.loading import load
 from longvid_jax.systems.retake import ReTaKe
 from longvid_jax.video import Video
 from longvid_jax.video.synthetic import FAMILIES, Question, World, write_video
 
-MODEL = "qwen2vl_world"  # of the assets
-SECONDS = 240.0  # of the video
-TRAINED = 64  # seconds, of the videos that the model was trained on
+
+@dataclasses.dataclass(frozen=True)
+class Show:
+    """What is shown of a system, and with which model.
+
+    model: of the assets. trained: seconds of the longest videos that it was trained on. seconds: of the video. says:
+    how little it answers from. families: that the model was taught and can answer.
+    """
+
+    title: str
+    method: ReTaKe | AdaCM2
+    model: str
+    trained: int
+    seconds: float
+    says: str
+    families: tuple[str, ...] = tuple(FAMILIES)
+
+
+SHOWS = {
+    "retake": Show(
+        "ReTaKe",
+        ReTaKe(keep_ratio=0.25, reforge=False),  # re-forged positions would tell another time
+        model="qwen2vl_world",
+        trained=64,
+        seconds=240.0,
+        says="It answers from a quarter of the video's tokens.",
+    ),
+    "adacm2": Show(
+        "AdaCM2",
+        AdaCM2(alpha=0.1, beta=0.9),
+        model="adacm2_world",
+        trained=16,
+        seconds=64.0,
+        says="After each frame it forgets what the question draws least attention to, so that its cache does not grow.",
+    ),
+}
 LEVEL, SPLIT = "clear", "test"  # a split that the model has never seen
-METHOD = ReTaKe(keep_ratio=0.25, reforge=False)  # re-forged positions would tell another time
 FILE = {"size": (224, 224), "fps": 8}
 ENOUGH = 0.5  # IoU from which a span counts as found
 FIGURE = "longvid-demo.png"
@@ -31,17 +64,22 @@ MAX_NEW_TOKENS = 96  # more than a caption of the world has
 
 
 def run(
-    *, keep: str | os.PathLike | None = None, seed: int = 0, stage: Callable[[str], None] = lambda what: None
+    system: str = "retake",
+    *,
+    keep: str | os.PathLike | None = None,
+    seed: int = 0,
+    stage: Callable[[str], None] = lambda what: None,
 ) -> dict:
     """Makes, watches, asks, and returns the account as plain data.
 
     Args:
+      system: of SHOWS.
       keep: folder for the video, what happens in it and the timeline figure, absent or empty (else OptionError); None
         keeps the figure alone, in the current folder.
       seed: of the world; some are left out, in which not every family of questions can be asked.
       stage: called with what is being done.
     """
-    start = time.perf_counter()
+    start, show = time.perf_counter(), SHOWS[system]
     figure = Path(FIGURE if keep is None else "timeline.png")
     with tempfile.TemporaryDirectory(prefix="longvid-demo-") as scratch:
         folder = Path(scratch if keep is None else keep)
@@ -52,13 +90,13 @@ def run(
             figure = folder / figure
         check(figure)
         stage("making a video")
-        world, questions = _world(seed)
+        world, questions = _world(seed, show)
         path = write_video(world, folder / "world.mp4", **FILE)
         stage("loading the model")
-        checkpoint = assets.path(MODEL)
-        model = load(checkpoint, method=METHOD)
+        checkpoint = assets.path(show.model)
+        model = load(checkpoint, method=show.method)
         seconds = {"video": time.perf_counter() - start}
-        stage("watching with ReTaKe")
+        stage(f"watching with {show.title}")
         video, texts = Video(path, fps=2), [question.text for question in questions]
         answers, result = ask(model, video, texts, max_new_tokens=MAX_NEW_TOKENS)
         stage("watching without")
@@ -70,9 +108,10 @@ def run(
     if keep is None:
         result["video"]["path"] = None  # it is gone
     return {
+        "system": system,
         "seed": seed,
         "world": {"seed": world.seed, "level": LEVEL, "split": SPLIT, "seconds": world.seconds},
-        "model": {"name": MODEL, "trained_seconds": TRAINED},
+        "model": {"name": show.model, "trained_seconds": show.trained},
         "kept_in": None if keep is None else str(folder),
         "timeline": str(figure),
         **result,
@@ -84,19 +123,19 @@ def run(
     }
 
 
-def _world(seed: int) -> tuple[World, list[Question]]:
+def _world(seed: int, show: Show) -> tuple[World, list[Question]]:
     """A world and a question of each family about it, in the families' order."""
     number = 1000 * seed
     while True:
-        world = World(number, level=LEVEL, seconds=SECONDS, split=SPLIT)
-        asked = {question.family: question for question in world.questions()}
-        if asked.keys() == FAMILIES.keys():
-            return world, [asked[family] for family in FAMILIES]
+        world = World(number, level=LEVEL, seconds=show.seconds, split=SPLIT)
+        asked = {question.family: question for question in world.questions(families=show.families)}
+        if asked.keys() == set(show.families):
+            return world, [asked[family] for family in show.families]
         number += 1
 
 
 def _judged(question: Question, answer: dict, without: dict) -> dict:
-    """An answer with ReTaKe and one without, beside the truth."""
+    """An answer with the method and one without, beside the truth."""
 
     def judge(text: str) -> dict:
         text = text.strip()
@@ -115,10 +154,11 @@ def _judged(question: Question, answer: dict, without: dict) -> dict:
 def report(result: dict) -> str:
     """The account as text."""
     trace, plain, count = result["trace"], result["plain"]["trace"], len(result["answers"])
-    length = clock(result["video"]["duration"])
+    length, show = clock(result["video"]["duration"]), SHOWS[result["system"]]
     lines = [
-        f"A made-up video of {length}, and a tiny model that was trained on such videos of {TRAINED} seconds and less.",
-        "It answers from a quarter of the video's tokens.",
+        f"A made-up video of {length}, and a tiny model that was trained on such videos of {show.trained} seconds and "
+        "less.",
+        show.says,
         "",
     ]
     for one in result["answers"]:
@@ -129,8 +169,8 @@ def report(result: dict) -> str:
         f"{result['right']} of {count} answers are right; with all tokens kept {without} of {count} are.",
         "",
         f"{trace['frames']} frames of a {length} video became {trace['tokens']:,} tokens.",
-        f"Cache without ReTaKe    {_megabytes(plain['cache_bytes'])}  ({plain['cache_length']:,} tokens a layer)",
-        f"Cache with ReTaKe       {_megabytes(trace['cache_bytes'])}  ({trace['cache_length']:,} tokens a layer)",
+        f"Cache without {show.title}    {_megabytes(plain['cache_bytes'])}  ({_a_layer(plain)} tokens a layer)",
+        f"Cache with {show.title}       {_megabytes(trace['cache_bytes'])}  ({_a_layer(trace)} tokens a layer)",
         "",
         f"{result['timeline']} shows what was seen and what was kept; --seed N makes another video.",
     ]
@@ -146,5 +186,10 @@ def _told(one: dict) -> str:
     return f"{one['text'] or '(nothing)'}  (wrong: {one['truth']}{more})"
 
 
+def _a_layer(trace: dict) -> str:
+    """Tokens in a layer's cache: at most, where layers differ."""
+    return f"{trace['cache_length'] if 'cache_length' in trace else max(trace['tokens_held']):,}"
+
+
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:6.2f} MB"
+    return f"{count / 1e6:6.2f} MB" if count >= 1e5 else f"{count / 1e3:6.2f} kB"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from longvid_jax.evaluate.canvas import SCALE, Canvas, mix, shorten, text_width
-from longvid_jax.systems.results import Trace
+from longvid_jax.systems.results import Account
 
 WIDTH, LEFT, RIGHT = 1800, 88, 1744  # of the figure; from where to where time goes
 HEAD, LINK = 176, 52  # of the head; from the frames to the moments they are of
@@ -58,7 +58,7 @@ def pixels(length: float) -> int:
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-def head(canvas: Canvas, name: str, summary: str, trace: Trace) -> None:
+def head(canvas: Canvas, name: str, summary: str, trace: Account) -> None:
     """The video's name, what became of it, and bars for the bytes of its cache."""
     bars = [("cache", trace.cache_bytes, KEPT[3])]
     if trace.cache_bytes != trace.cache_bytes_uncompressed:
@@ -155,9 +155,20 @@ def kept_height(layers: int) -> float:
     return TITLE + _cell(layers) * layers + 76
 
 
-def kept(canvas: Canvas, axis: Axis, top: float, edges: np.ndarray, share: np.ndarray) -> None:
-    """The share [L, T] of tokens that each layer kept of the patches between edges [T + 1], as colours over time."""
-    title(canvas, top, "Share of the tokens that each layer keeps")
+def kept(
+    canvas: Canvas,
+    axis: Axis,
+    top: float,
+    edges: np.ndarray,
+    share: np.ndarray,
+    says: str = "Share of the tokens that each layer keeps",
+    power: float = 1.0,
+) -> None:
+    """The share [L, T] of tokens that each layer kept of the patches between edges [T + 1], as colours over time.
+
+    power: of the share, to which the colours are proportional; below 1, small ones are told apart.
+    """
+    title(canvas, top, says)
     top, cell, layers = top + TITLE, _cell(len(share)), len(share)
     # Each column of pixels shows the mean over the time it stands for: of many patches in it none is left out.
     columns = np.linspace(edges[0], edges[-1], RIGHT - LEFT + 1)
@@ -165,7 +176,7 @@ def kept(canvas: Canvas, axis: Axis, top: float, edges: np.ndarray, share: np.nd
     mean = np.stack([np.diff(np.interp(columns, edges, layer)) for layer in total]) / np.diff(columns)
     most = max(mean.max(), 1e-6)
     bottom = top + cell * layers
-    canvas.picture((LEFT, top, RIGHT, bottom), mix(KEPT, mean[::-1] / most), smooth=False)
+    canvas.picture((LEFT, top, RIGHT, bottom), mix(KEPT, (mean[::-1] / most) ** power), smooth=False)
     every = next(step for step in (1, 2, 4, 5, 10, 20, 50, 100, 1000) if step * cell >= 32)
     for layer in range(layers):
         y = bottom - cell * (layer + 0.5)
@@ -177,7 +188,7 @@ def kept(canvas: Canvas, axis: Axis, top: float, edges: np.ndarray, share: np.nd
         x = axis(time)
         canvas.line([(x, bottom), (x, bottom + 7)], FAINT, 1.5)
         canvas.text((x, bottom + 34), axis.say(time), SMALL, INK, "ms")
-    _scale(canvas, top - TITLE, most)
+    scale(canvas, top - TITLE, most, power)
 
 
 def _cell(layers: int) -> float:
@@ -185,12 +196,12 @@ def _cell(layers: int) -> float:
     return float(np.clip(220 / layers, 3, 40))
 
 
-def _scale(canvas: Canvas, top: float, most: float) -> None:
+def scale(canvas: Canvas, top: float, most: float, power: float = 1.0) -> None:
     """What the colours mean, at the right of a title."""
     label, long, y = f"{most:.0%}" if most >= 0.1 else f"{most:.1%}", 220, top + TITLE - 18
     right = RIGHT - text_width(label, SMALL) - 12
     canvas.text((RIGHT, y), label, SMALL, MUTED, "rs", clear=True)
-    colours = mix(KEPT, np.linspace(0, 1, long))
+    colours = mix(KEPT, np.linspace(0, 1, long) ** power)
     canvas.picture((right - long, y - 16, right, y), colours[None])
     canvas.text((right - long - 12, y), "0%", SMALL, MUTED, "rs", clear=True)
 

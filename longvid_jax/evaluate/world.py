@@ -7,17 +7,21 @@ import numbers
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import jax
 import numpy as np
 
 from longvid_jax.errors import OptionError
-from longvid_jax.memory.state import RetakeMemory, rows
-from longvid_jax.systems.base import VideoModel
-from longvid_jax.systems.retake import PLAIN, ReTaKe, RetakeModel
+from longvid_jax.evaluate import adacm2_watch
+from longvid_jax.memory.state import rows as taken
+from longvid_jax.systems.adacm2 import AdaCM2, AdaCM2Model
+from longvid_jax.systems.base import Memory, VideoModel
+from longvid_jax.systems.retake import PLAIN, ReTaKe
 from longvid_jax.video import Frames
 from longvid_jax.video.synthetic import Question, World, multiple_choice
 
 APART = 1_000_000  # between the first worlds of two seeds
 WATCHED, ANSWERED = 32, 32  # rows at a time, at most
+TOGETHER = 64  # questions that videos are watched with at a time, at most, where these are part of the memory
 ALIKE = 8
 MAX_NEW_TOKENS = 96  # more than the longest caption has
 FRUITLESS = 100  # worlds without a question, one after the other
@@ -111,23 +115,25 @@ def ask(setup: Setup) -> tuple[list[World], list[Asked]]:
 
 
 def answers(
-    model: RetakeModel,
+    model: VideoModel,
     worlds: Sequence[World],
     asked: Sequence[Asked],
     times: Callable[[World], np.ndarray],
     size: tuple[int, int],
     *,
     progress: Callable[[int], None] = lambda count: None,
-    watched: Callable[[RetakeMemory, int], None] = lambda memory, count: None,
+    watched: Callable[[Memory, int], None] = lambda memory, count: None,
 ) -> list[str]:
     """What the model answers, greedily, to each question after watching its world's frames at `times`.
 
     Worlds are rendered as they are watched, several side by side; each is watched once for all its questions, or once
-    a question where these guide what is kept. progress(count) is told of questions that have been answered,
-    watched(memory, count) of each memory, whose first `count` rows are different ones.
+    a question where these guide what ReTaKe keeps. progress(count) is told of questions that have been answered,
+    watched(memory, count) of each memory, whose first `count` rows are different ones; not of AdaCM2's.
     """
     check_size(model, size)
-    guided = model.asks_once
+    if isinstance(model, AdaCM2Model) and model.asks_once:
+        return _together(model, worlds, asked, times, size, progress)
+    guided = model.asks_once or isinstance(model, AdaCM2Model)
     order = [one.video for one in asked] if guided else sorted({one.video for one in asked})
     told: list[str] = [""] * len(asked)
     even = -(-len(order) // -(-len(order) // WATCHED))  # no more batches than needed, and few rows for nothing
@@ -139,7 +145,7 @@ def answers(
         memory = _watch(model, [worlds[video] for video in videos], instructions, times, size)
         watched(memory, len(set(batch)))
         if guided:
-            groups = [(list(batch), range(len(batch)))]
+            groups = [(list(batch), None)]
         else:
             here = [i for i, one in enumerate(asked) if one.video in videos]
             # Those with long answers together, so that the others need not wait for them.
@@ -156,9 +162,9 @@ def answers(
     return told
 
 
-def glimpse(model: RetakeModel) -> RetakeModel:
+def glimpse(model: VideoModel) -> VideoModel:
     """The same model for a single frame, without compression."""
-    return with_method(model, GLANCE)
+    return with_method(model, None if isinstance(model, AdaCM2Model) else GLANCE)
 
 
 def middle(world: World) -> np.ndarray:
@@ -166,12 +172,13 @@ def middle(world: World) -> np.ndarray:
     return np.array([world.seconds / 2])
 
 
-def with_method(model: RetakeModel, method: ReTaKe | None) -> RetakeModel:
+def with_method(model: VideoModel, method: ReTaKe | AdaCM2 | None) -> VideoModel:
     """The same weights with other run-time choices; yarn_factor is fixed where a model is loaded."""
-    return type(model)(model.model, model.settings, method=method, tokenizer=model.tokenizer)
+    words = {"words": model.words} if isinstance(model, AdaCM2Model) else {}
+    return type(model)(model.model, model.settings, method=method, tokenizer=model.tokenizer, **words)
 
 
-def check_size(model: RetakeModel, size: tuple[int, int]) -> None:
+def check_size(model: VideoModel, size: tuple[int, int]) -> None:
     """Raises OptionError for frames that the model cannot cut into patches."""
     vision = model.model.config.vision
     side = vision.patch * vision.merge
@@ -194,10 +201,53 @@ def _watch(model: VideoModel, worlds: list[World], instructions: list[str], time
     return model.finish(memory)
 
 
-def _said(model: VideoModel, memory, questions: list[str], row: Sequence[int]) -> list[str]:
-    """Answers to questions on rows of a memory, which stays."""
-    text = model.answer(rows(memory, row), questions, max_new_tokens=MAX_NEW_TOKENS).text
+def _said(model: VideoModel, memory, questions: list[str], row: Sequence[int] | None) -> list[str]:
+    """Answers to questions on rows of a memory (None: all of them), which stays."""
+    memory = memory if row is None else taken(memory, row)
+    text = model.answer(memory, questions, max_new_tokens=MAX_NEW_TOKENS).text
     return [text] if isinstance(text, str) else text
+
+
+def _together(model: AdaCM2Model, worlds, asked: Sequence[Asked], times, size, progress) -> list[str]:
+    """The same for AdaCM2: each world is watched once, side by side for all its questions."""
+    prompts = model.begin([one.text for one in asked])
+    told: list[str] = [""] * len(asked)
+    for group in _groups(worlds, asked, times):
+        features = [adacm2_watch.encode(model, worlds[asked[here[0]].video].render(when, size)) for here, when in group]
+        here = np.array([questions for questions, _ in group]).ravel()
+        seen = adacm2_watch.outputs(
+            model.model,
+            np.stack(features),
+            prompts.instruction[here],
+            policy=model.policy,
+            carry_queries=model.carry_queries,
+            random=jax.random.key(model.method.seed) if model.policy.scores == "random" else None,
+        )
+        first = np.unique(here, return_index=True)[1]
+        first = sorted(first.tolist(), key=lambda row: len(asked[here[row]].answer))  # as above
+        for row in _batches(first, min(ANSWERED, len(asked))):
+            mine = here[row]
+            texts = adacm2_watch.answers(model, seen[row], prompts.ids[mine], prompts.places[mine], MAX_NEW_TOKENS)
+            for i, text in zip(mine, texts, strict=True):
+                told[i] = text
+            progress(len(set(row)))
+    return told
+
+
+def _groups(worlds, asked: Sequence[Asked], times) -> list[list[tuple[list[int], np.ndarray]]]:
+    """Batches of worlds of one length, of each all questions, whose number is the same, and the times of its frames.
+
+    A world with fewer questions repeats its last, and a batch with fewer worlds its last: so few programs serve all.
+    """
+    of_video: dict[int, list[int]] = {}
+    for i, one in enumerate(asked):
+        of_video.setdefault(one.video, []).append(i)
+    most = max(map(len, of_video.values()))
+    of_length: dict[int, list[tuple[list[int], np.ndarray]]] = {}
+    for video, here in of_video.items():
+        when = times(worlds[video])
+        of_length.setdefault(len(when), []).append((here + here[-1:] * (most - len(here)), when))
+    return [batch for rows in of_length.values() for batch in _batches(rows, min(len(rows), max(1, TOGETHER // most)))]
 
 
 def _batches(items: Sequence, size: int) -> list[list]:

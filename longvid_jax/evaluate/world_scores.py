@@ -11,7 +11,7 @@ import numpy as np
 from longvid_jax.evaluate import world
 from longvid_jax.evaluate.metrics import THRESHOLDS, event_score, grounding, interval, span_iou
 from longvid_jax.evaluate.world import Asked, Setup
-from longvid_jax.systems.retake import RetakeModel
+from longvid_jax.systems.base import VideoModel
 from longvid_jax.video.synthetic import FAMILIES, parse_span, text_only
 from longvid_jax.video.synthetic_text import LETTERS
 
@@ -20,7 +20,7 @@ ALL = "all"
 
 
 def run(
-    model: RetakeModel,
+    model: VideoModel,
     setup: Setup,
     *,
     baselines: bool = True,
@@ -134,7 +134,7 @@ def _as_put(one: Asked):
     return dataclasses.replace(one.question, text=one.text, answer=one.answer, choices=choices)
 
 
-def _middle_frame(model: RetakeModel, setup: Setup, worlds, asked: Sequence[Asked], progress) -> dict:
+def _middle_frame(model: VideoModel, setup: Setup, worlds, asked: Sequence[Asked], progress) -> dict:
     told = world.answers(world.glimpse(model), worlds, asked, world.middle, setup.size, progress=progress)
     families = by_family(asked, told)
     return {

@@ -6,6 +6,7 @@ queries attend to all of them, and then of the older part of the cache only what
 Letters: L cross-attention layers, B batch, P tokens of a frame, R capacity of the cache, S = R + P, C width, Q queries.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -66,7 +67,9 @@ def ratio(alpha: float, beta: float) -> float:
 def bound(tokens: int, alpha: float, beta: float, frames: int | None = None) -> float:
     """Eq. 8: P r (1 - r^T) / (1 - r) tokens in a layer's cache after T frames of P tokens; None: of any number.
 
-    Of real numbers. Rounding, once a frame and to at least one token, adds at most (3 - beta) / 2 / (1 - r).
+    Of real numbers. Rounding a cache of n >= P tokens makes the recent part larger by e <= max(1/2, 1 - alpha P), of
+    which a share 1 - beta would else have gone, and the older part by at most 1: so it adds no more than
+    (1 + (1 - beta) max(1/2, 1 - alpha P)) / (1 - r) in all.
     """
     r = ratio(alpha, beta)
     if r == 1:
@@ -77,9 +80,15 @@ def bound(tokens: int, alpha: float, beta: float, frames: int | None = None) -> 
 @functools.cache
 def counts(alpha: float, beta: float, size: int) -> tuple[np.ndarray, np.ndarray]:
     """int32 [size + 1] each: of 0, 1, ..., size tokens, how many are recent, and how many of the older ones stay."""
-    recent = np.array([min(n, max(1, math.floor(alpha * n + 0.5))) for n in range(size + 1)])
-    kept = [max(1, math.ceil(beta * n - 1e-9)) if n else 0 for n in np.arange(size + 1) - recent]
-    return recent.astype(np.int32), np.array(kept, np.int32)
+    recent, kept = np.array([_staying(n, alpha, beta) for n in range(size + 1)], np.int32).T
+    return recent, kept
+
+
+def _staying(length: int, alpha: float, beta: float) -> tuple[int, int]:
+    """Of so many tokens, how many are recent, and how many of the older stay: at least one, if there are any."""
+    recent = min(length, max(1, math.floor(alpha * length + 0.5)))
+    older = length - recent
+    return recent, max(1, math.ceil(beta * older - 1e-9)) if older else 0
 
 
 @functools.cache
@@ -87,15 +96,17 @@ def largest(tokens: int, alpha: float, beta: float, frames: int | None = None) -
     """The most tokens that a layer's cache of frames of P tokens holds once reduced; OptionError if it has no end."""
     if frames is None and ratio(alpha, beta) == 1:
         raise OptionError("alpha or beta of 1 keeps everything, so the cache has no bound; give the number of frames.")
-    length, most, seen = 0, 0, set()
-    while (frames is None or frames > 0) and length not in seen:
-        seen.add(length)
-        full = length + tokens
-        recent = min(full, max(1, math.floor(alpha * full + 0.5)))
-        older = full - recent
-        length = recent + (max(1, math.ceil(beta * older - 1e-9)) if older else 0)
-        most, frames = max(most, length), None if frames is None else frames - 1
-    return most
+    if frames is None:
+        # One token more makes what stays larger by one or not at all. So caches grow to the least length that a further
+        # frame does not make longer, and all beyond it would shrink.
+        enough = range(math.ceil(bound(tokens, alpha, beta) + 2 / (1 - ratio(alpha, beta))) + 1)
+        return bisect.bisect_left(enough, True, key=lambda n: sum(_staying(n + tokens, alpha, beta)) <= n)
+    length = 0
+    for _ in range(frames):
+        before, length = length, sum(_staying(length + tokens, alpha, beta))
+        if length == before:
+            break
+    return length
 
 
 class Reduced(NamedTuple):
@@ -124,14 +135,12 @@ def reduce(
     that draw the most attention (eq. 7), ties to the earlier. Raises OptionError where `capacity` may be too small.
     """
     importance = attention.astype(jnp.float32).sum((1, 2))
-    recent, older = (
-        jnp.asarray(table) for table in counts(_share("alpha", alpha), _share("beta", beta), keys.shape[1])
-    )
+    recent, older = counts(_share("alpha", alpha), _share("beta", beta), keys.shape[1])
     if capacity < (most := int((recent + older).max())):
         raise OptionError(
             f"capacity is {capacity}, but of {keys.shape[1]} tokens {most} stay with alpha {alpha} and beta {beta}."
         )
-    mask = survivors(importance, valid, recent, older)
+    mask = survivors(importance, valid, jnp.asarray(recent), jnp.asarray(older))
     indices, real = _left(mask, capacity)
     taken = (jnp.take_along_axis(x, indices[..., None], axis=1) for x in (keys, values))
     return Reduced(*taken, real, jnp.where(real, indices, -1))
@@ -228,9 +237,13 @@ def watch(
         cache, outputs = state
         start = learned
         if carry_queries:
-            start = jnp.where((xs.number > 0)[:, None, None], outputs.astype(learned.dtype), learned)
+            carried = outputs.astype(learned.dtype)
+            begun = cache.length[0] > 0
+            start = jnp.where(
+                begun[:, None, None], jax.lax.stop_gradient(carried) if stop_gradient else carried, learned
+            )
         if stop_gradient:
-            cache, start = jax.lax.stop_gradient(cache), start if not carry_queries else _stopped(start, xs, learned)
+            cache = jax.lax.stop_gradient(cache)
         seen, new = step(cache, start, xs, ask, policy, random=random)
         return (
             jax.tree.map(lambda new, old: _where(xs.valid, new, old, 1), seen, cache),
@@ -239,11 +252,6 @@ def watch(
 
     frame = jax.checkpoint(frame) if remat else frame
     return jax.lax.scan(frame, (cache, queries), window)[0]
-
-
-def _stopped(start: jax.Array, xs: Window, learned: jax.Array) -> jax.Array:
-    """Carried queries without a gradient; the learned ones of a first frame keep theirs."""
-    return jnp.where((xs.number > 0)[:, None, None], jax.lax.stop_gradient(start), learned)
 
 
 def step(

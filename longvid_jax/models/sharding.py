@@ -7,20 +7,22 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from longvid_jax.ops.sharding import divisible
 
 # Kernels are [in, out]: maps into heads or hidden units split their output over `tensor`, maps back split their input.
+ATTENTIONS = "(attention|cross|condition|temporal|reading|writing)"
 TABLE = (
     (
-        r"((attention|cross)/(q|k|v|qkv)|mlp/(gate|up|fc1)|(merger|query_mlp|facts)/fc1|lm_head)/kernel",
+        rf"({ATTENTIONS}/(q|k|v|qkv)|mlp/(gate|up|fc1)|(merger|query_mlp|facts)/fc1|lm_head)/kernel",
         PartitionSpec("fsdp", "tensor"),
     ),
     (
-        r"((attention|cross)/(o|proj)|mlp/(down|fc2)|(merger|query_mlp|facts)/fc2)/kernel",
+        rf"({ATTENTIONS}/(o|proj)|mlp/(down|fc2)|(merger|query_mlp|facts)/fc2)/kernel",
         PartitionSpec("tensor", "fsdp"),
     ),
-    (r"(attention|cross)/(q|k|v)/bias|(attention/qkv|(mlp|merger|query_mlp|facts)/fc1)/bias", PartitionSpec("tensor")),
+    (rf"{ATTENTIONS}/(q|k|v)/bias|(attention/qkv|(mlp|merger|query_mlp|facts)/fc1)/bias", PartitionSpec("tensor")),
     (r"(embed|words)/embedding", PartitionSpec("tensor", "fsdp")),
-    (r"(patch_embed|projection|pooler)/kernel|(positions|types|frames)/embedding", PartitionSpec(None, "fsdp")),
-    (r"class_embedding|position_embedding|query_tokens", PartitionSpec(None, "fsdp")),
-    (r"(\w+_)?norm\d?/(scale|bias)|bias", PartitionSpec()),
+    (r"(patch_embed|(\w+_)?projection|pooler|instruction|beside)/kernel", PartitionSpec(None, "fsdp")),
+    (r"contrast/(video|caption)/kernel|(positions|types|frames)/embedding", PartitionSpec(None, "fsdp")),
+    (r"class_embedding|position_embedding|query_tokens|write_tokens|separator", PartitionSpec(None, "fsdp")),
+    (r"(\w+_)?norm\d?/(scale|bias)|bias|gate|contrast/(temperature|offset)", PartitionSpec()),
 )
 
 

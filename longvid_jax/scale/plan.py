@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 from collections import Counter
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from longvid_jax.convert.settings import CLIP_MEAN, CLIP_STD
 from longvid_jax.errors import OptionError
+from longvid_jax.memory import adacm2
+from longvid_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from longvid_jax.models.paths import leaves
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.ops.kv_cache import KVCache
 from longvid_jax.ops.sharding import BATCH, divisible
 from longvid_jax.scale.mesh import make_mesh
+from longvid_jax.systems import adacm2_steps, text_steps
 from longvid_jax.systems import retake_steps as steps
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -66,29 +70,14 @@ def compile_retake(
     static = static or steps.Static(compress=True, dpselect="patch", reforge=True)
     vision, text = config.vision, config.text
     tokens, side = grid[0] * grid[1], vision.patch * vision.merge
-
-    def array(shape, dtype=jnp.int32, *axes):
-        return jax.ShapeDtypeStruct(
-            shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, PartitionSpec(*axes), shape))
-        )
-
+    array = partial(_array, mesh)
     with jax.set_mesh(mesh):
-        model = abstract_parameters(config, mesh, dtype)
-        shapes = jax.eval_shape(lambda: steps.new_cache(model, batch=batch, capacity=capacity))
-        cache: KVCache = jax.tree.map(lambda x: array(x.shape, x.dtype), shapes)
-        spread = (None, BATCH, "tensor")
-        cache = dataclasses.replace(
-            cache,
-            keys=array(shapes.keys.shape, shapes.keys.dtype, *spread),
-            values=array(shapes.values.shape, shapes.values.dtype, *spread),
-            positions=array(shapes.positions.shape, jnp.int32, None, BATCH),
-            source=array(shapes.source.shape, jnp.int32, None, BATCH),
-        )
+        model = abstract_parameters(Qwen2VL, config, mesh, dtype)
+        cache = _spread(mesh, jax.eval_shape(lambda: steps.new_cache(model, batch=batch, capacity=capacity)))
         row = array((batch,))
         pixels = array((batch, chunk_patches * vision.temporal, grid[0] * side, grid[1] * side, 3), jnp.uint8, BATCH)
         features = array((batch, chunk_patches, tokens, text.width), dtype, BATCH)
         peak = array((batch, chunk_patches, tokens), jnp.bool_)
-        key = jax.eval_shape(lambda: jax.random.key(0))
         patches = (grid[0] * vision.merge, grid[1] * vision.merge)
         lowered = {
             "encode": steps.encode_frames.lower(model, pixels, grid=patches, mean=CLIP_MEAN, std=CLIP_STD),
@@ -101,7 +90,7 @@ def compile_retake(
                 array((batch, text.vocab_size), jnp.float32),
                 row,
                 array((1,)),
-                jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec())),
+                _key(mesh),
                 None,
                 array((), jnp.float32),
                 static=static,
@@ -112,14 +101,101 @@ def compile_retake(
         return {name: step.compile() for name, step in lowered.items()}
 
 
-def abstract_parameters(config: Qwen2VLConfig, mesh: Mesh, dtype) -> Qwen2VL:
-    """The model's parameters as shapes with their places on the mesh."""
-    model = jax.eval_shape(lambda: Qwen2VL(config, dtype=dtype, stacked=True, rngs=nnx.Rngs(0)))
+def compile_adacm2(
+    config: InstructBlipConfig,
+    mesh: Mesh,
+    *,
+    batch: int,
+    policy: adacm2.Policy,
+    carry_queries: bool = False,
+    frames: int = 16,
+    words: int = 32,
+    prompt: int = 64,
+    new_tokens: int = 16,
+    dtype=jnp.bfloat16,
+) -> dict[str, jax.stages.Compiled]:
+    """AdaCM2's steps compiled for a mesh: "encode" a window, "watch" it, "read" a prompt and "write" an answer.
+
+    frames are those of a window, words and prompt the tokens of the instruction and of what the decoder reads.
+    """
+    side = config.vision.image_size
+    tokens = config.vision.side**2 + 1
+    capacity = max(adacm2.largest(tokens, *shares) for shares in zip(policy.alpha, policy.beta, strict=True))
+    array = partial(_array, mesh)
+    with jax.set_mesh(mesh):
+        model = abstract_parameters(InstructBlip, config, mesh, dtype)
+        shapes = jax.eval_shape(lambda: adacm2_steps.new_memory(model, batch=batch, capacity=capacity))
+        cache = jax.tree.map(lambda x: array(x.shape, x.dtype, None, BATCH), shapes[0])
+        outputs = array(shapes[1].shape, dtype)
+        pixels = array((batch, frames, side, side, 3), jnp.uint8, BATCH)
+        features = array((batch, frames, tokens, config.vision.width), dtype, BATCH)
+        row, ids = array((batch,)), array((batch, prompt))
+        vectors = array((batch, config.num_queries, config.text.width), dtype)
+        watch = adacm2_steps.watch_window.lower(
+            model,
+            cache,
+            outputs,
+            features,
+            row,
+            array((batch, frames), jnp.bool_),
+            array((batch, words)) if config.qformer.words else None,
+            _key(mesh) if policy.scores == "random" else None,
+            policy=policy,
+            carry_queries=carry_queries,
+        )
+        read = text_steps.read_prompt.lower(model.text, ids, ids, vectors, capacity=prompt + new_tokens)
+        empty = jax.eval_shape(lambda: model.text.empty_cache(batch, prompt + new_tokens))
+        write = text_steps.write_answer.lower(
+            model.text,
+            _spread(mesh, empty),
+            array((batch, config.text.vocab_size), jnp.float32),
+            row,
+            array((1,)),
+            _key(mesh),
+            None,
+            array((), jnp.float32),
+            max_new_tokens=new_tokens,
+            keep_logits=False,
+        )
+        encode = adacm2_steps.encode_frames.lower(model, pixels, mean=CLIP_MEAN, std=CLIP_STD)
+        lowered = {"encode": encode, "watch": watch, "read": read, "write": write}
+        return {name: step.compile() for name, step in lowered.items()}
+
+
+def abstract_parameters(network, config, mesh: Mesh, dtype):
+    """A model's parameters as shapes with their places on the mesh; network: its class, such as Qwen2VL."""
+    model = jax.eval_shape(lambda: network(config, dtype=dtype, stacked=True, rngs=nnx.Rngs(0)))
     placed = [
         jax.ShapeDtypeStruct(leaf.value.shape, dtype, sharding=parameter_sharding(mesh, leaf.path, leaf.value.shape))
         for leaf in leaves(model)
     ]
     return jax.tree.unflatten(jax.tree.structure(model), placed)
+
+
+def _array(mesh: Mesh, shape: tuple[int, ...], dtype=jnp.int32, *axes) -> jax.ShapeDtypeStruct:
+    """An array that is not there, with its dimensions on axes of the mesh."""
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, PartitionSpec(*axes), shape))
+    )
+
+
+def _spread(mesh: Mesh, shapes: KVCache) -> KVCache:
+    """A decoder's cache of stacked layers as it lies on a mesh."""
+    cache = jax.tree.map(lambda x: _array(mesh, x.shape, x.dtype), shapes)
+    spread = (None, BATCH, "tensor")
+    return dataclasses.replace(
+        cache,
+        keys=_array(mesh, shapes.keys.shape, shapes.keys.dtype, *spread),
+        values=_array(mesh, shapes.values.shape, shapes.values.dtype, *spread),
+        positions=_array(mesh, shapes.positions.shape, jnp.int32, None, BATCH),
+        source=_array(mesh, shapes.source.shape, jnp.int32, None, BATCH),
+    )
+
+
+def _key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A random key."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def summary(compiled: jax.stages.Compiled) -> Plan:

@@ -5,6 +5,7 @@ know the question, attended to least. The 32 queries' outputs after the last fra
 """
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -67,6 +68,8 @@ class AdaCM2:
             if len(value) != layers:
                 raise OptionError(f"{name} has {len(value)} values, but this Q-Former has {layers} such layers.")
             shares.append(value)
+        if self.scores == "shared" and any(len(set(value)) > 1 for value in shares):
+            raise OptionError("scores 'shared' keeps the same tokens in all layers; give all one alpha and one beta.")
         return adacm2.Policy(*shares, self.scores)
 
 
@@ -108,6 +111,11 @@ class AdaCM2Model(VideoModel):
     def asks_once(self) -> bool:
         """A memory depends on its question, unless the Q-Former takes no instructions, as BLIP-2's."""
         return self.model.config.qformer.words
+
+    @property
+    def asks_together(self) -> bool:
+        """Several questions about one video are rows that watch the same frames."""
+        return True
 
     def frame_size(self, video: Video) -> tuple[int, int]:
         """Height and width at which the model sees a video: its own square, or the video's long_side in patches."""
@@ -184,7 +192,7 @@ class AdaCM2Model(VideoModel):
                 VideoWarning,
                 stacklevel=3,
             )
-        cache, outputs = self._with_room(memory, features.shape[2], int(memory.read.max()) + valid.shape[1])
+        cache, outputs = self._with_room(memory, features.shape[2], int(read.max()))
         cache, outputs = steps.watch_window(
             self.model,
             cache,
@@ -213,15 +221,17 @@ class AdaCM2Model(VideoModel):
         shares = list(zip(self.policy.alpha, self.policy.beta, strict=True))
         bounded = [adacm2.largest(tokens, a, b) for a, b in shares if adacm2.ratio(a, b) < 1]
         needed = max(bounded, default=0)
-        if len(bounded) < len(shares):  # a layer keeps everything: room for a power of two of frames
-            needed = max(needed, tokens * max(WINDOW, 1 << (frames - 1).bit_length()))
+        everything = len(bounded) < len(shares)  # is what a layer keeps
         if self._capacity is not None:
+            needed = max(needed, tokens * frames if everything else 0)
             if self._capacity < needed:
                 raise OptionError(
-                    f"capacity is {self._capacity}, but with these alpha and beta, frames of {tokens} tokens need room "
-                    f"for {needed} (eq. 8); give at least that many."
+                    f"capacity is {self._capacity}, but with these alpha and beta {frames if everything else 'any'} "
+                    f"frames of {tokens} tokens need room for {needed}; give at least that many."
                 )
             needed = self._capacity
+        elif everything:  # room for a power of two of frames
+            needed = max(needed, tokens * max(WINDOW, 1 << (frames - 1).bit_length()))
         if memory.cache is None:
             return steps.new_memory(self.model, batch=len(memory.read), capacity=needed)
         if memory.cache.capacity < needed:
@@ -260,7 +270,7 @@ class AdaCM2Model(VideoModel):
         self._check_decoding(**decoding)
         pixels = np.asarray(pixel_values)
         pixels = pixels[:, None] if pixels.ndim == 4 else pixels
-        if pixels.ndim != 5 or pixels.shape[2] != 3:
+        if pixels.ndim != 5 or pixels.shape[2] != 3 or not pixels.size:
             raise PromptError(f"pixel_values has the shape {list(pixels.shape)}, but must be [batch, frames, 3, H, W].")
         batch, length = pixels.shape[:2]
         valid = np.ones((batch, length), bool) if frame_mask is None else np.asarray(frame_mask, bool)
@@ -268,10 +278,14 @@ class AdaCM2Model(VideoModel):
             raise PromptError(
                 f"frame_mask must be [{batch}, {length}], true for a frame or more of each row and false behind them."
             )
-        if input_ids is None or len(np.asarray(input_ids)) != batch:
-            raise PromptError(f"input_ids must hold a row for each of the {batch} videos of pixel_values.")
-        instruction = self._given_instruction(qformer_input_ids, qformer_attention_mask, batch)
-        memory = self._begin(instruction, *self._given_prompt(np.asarray(input_ids), attention_mask))
+        prompts = _given_rows("input_ids", input_ids, "attention_mask", attention_mask, batch)
+        instruction = None
+        if self.model.config.qformer.words:
+            told = _given_rows(
+                "qformer_input_ids", qformer_input_ids, "qformer_attention_mask", qformer_attention_mask, batch
+            )
+            instruction = self._instruction([row.tolist() for row in told])
+        memory = self._begin(instruction, *self._given_prompts(prompts))
         patch = self.model.config.vision.patch
         grid = np.array(pixels.shape[3:]) // patch
         if (grid * patch != pixels.shape[3:]).any():
@@ -372,7 +386,7 @@ class AdaCM2Model(VideoModel):
         """Instructions as the Q-Former's tokens [B, S], and the decoder's prompts: ids and places [B, N]."""
         told = None
         if self.model.config.qformer.words:
-            told = _padded([self._told(text) for text in instructions])
+            told = self._instruction([self._told(text) for text in instructions])
         rows = [
             chat.queries_prompt(self.tokenizer, text, self.settings.video_token, self.model.config.num_queries)
             for text in instructions
@@ -386,27 +400,21 @@ class AdaCM2Model(VideoModel):
                 "The checkpoint has no tokenizer for its Q-Former; put its files in qformer_tokenizer/ beside "
                 "config.json, or call generate() with qformer_input_ids."
             )
-        ids, longest = self.words(text)["input_ids"], self.model.config.qformer.max_length
-        if len(ids) > longest:
-            raise PromptError(f"The question has {len(ids)} tokens, but the Q-Former reads {longest}; shorten it.")
-        return ids
+        return self.words(text)["input_ids"]
 
-    def _given_instruction(self, ids, mask, batch: int) -> np.ndarray | None:
-        if not self.model.config.qformer.words:
-            return None
-        if ids is None or len(np.asarray(ids)) != batch:
-            raise PromptError(f"qformer_input_ids must hold a row for each of the {batch} videos of pixel_values.")
-        ids = np.asarray(ids)
-        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
-        return _padded([row[keep].tolist() for row, keep in zip(ids, mask, strict=True)])
+    def _instruction(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """Instructions as the Q-Former's tokens [B, S], which are not too long for it."""
+        limit = self.model.config.qformer.max_length
+        if (longest := max(map(len, rows))) > limit:
+            raise PromptError(f"The question has {longest} tokens, but the Q-Former reads {limit}; shorten it.")
+        return _padded(rows, limit)
 
-    def _given_prompt(self, ids: np.ndarray, mask) -> tuple[np.ndarray, np.ndarray]:
+    def _given_prompts(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts int [N] with tokens for the queries, or without: ids and places [B, N]."""
         count, token = self.model.config.num_queries, self.settings.video_token
-        mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
         rows, places = [], []
-        for row, keep in zip(ids, mask, strict=True):
-            row = row[keep]
-            here = row == token
+        for row in prompts:
+            here = row == token if token is not None else np.zeros(row.shape, bool)
             if not here.any():
                 row, here = np.concatenate([np.zeros(count, int), row]), np.arange(count + len(row)) < count
             if here.sum() != count:
@@ -432,15 +440,30 @@ class AdaCM2Model(VideoModel):
             raise OptionError(f"num_beams is {num_beams}, but must be at least 1.")
         if not 0 <= min_new_tokens <= decoding.get("max_new_tokens", MAX_NEW_TOKENS):
             raise OptionError(f"min_new_tokens is {min_new_tokens}, but must be 0 to max_new_tokens.")
-        if num_beams > 1 and decoding.get("temperature", 0.0) > 0:
-            raise OptionError("num_beams above 1 searches for the likeliest answer; leave temperature at 0.")
+        if not math.isfinite(length_penalty):
+            raise OptionError(f"length_penalty is {length_penalty}, but must be a number.")
+        if (num_beams > 1 or min_new_tokens > 0) and decoding.get("temperature", 0.0) > 0:
+            raise OptionError(
+                "num_beams above 1 and min_new_tokens above 0 search for the likeliest answer; leave temperature at 0."
+            )
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """int32 [B, N] of rows of different lengths, -1 behind their end, N one of few lengths."""
-    longest = max(map(len, rows))
-    length = TEXT_BUCKET * max(1, 1 << (-(-longest // TEXT_BUCKET) - 1).bit_length())
-    padded = np.full((len(rows), length), -1, np.int32)
+def _given_rows(name: str, ids, mask_name: str, mask, batch: int) -> list[np.ndarray]:
+    """The tokens int [N] of each row of ids [B, N] that mask [B, N] (None: all) leaves."""
+    ids = np.zeros(0) if ids is None else np.asarray(ids)
+    if ids.ndim != 2 or len(ids) != batch:
+        raise PromptError(f"{name} must hold a row for each of the {batch} videos of pixel_values.")
+    mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
+    if mask.shape != ids.shape:
+        raise PromptError(f"{mask_name} has the shape {list(mask.shape)}, but {name} {list(ids.shape)}.")
+    return [row[keep] for row, keep in zip(ids, mask, strict=True)]
+
+
+def _padded(rows: Sequence[Sequence[int]], limit: int | None = None) -> np.ndarray:
+    """int32 [B, N] of rows of different lengths, -1 behind their end, N one of few lengths up to a limit."""
+    longest = max(1, *map(len, rows))
+    length = TEXT_BUCKET * (1 << (-(-longest // TEXT_BUCKET) - 1).bit_length())
+    padded = np.full((len(rows), length if limit is None else min(length, limit)), -1, np.int32)
     for row, values in zip(padded, rows, strict=True):
         row[: len(values)] = values
     return padded

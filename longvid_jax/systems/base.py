@@ -35,7 +35,7 @@ class VideoModel(abc.ABC):
     plain model runs. tokenizer: None where the checkpoint has none. mesh: over which its arrays are spread, or None.
 
     A system fills in `window`, `frame_size`, `begin`, `_look`, `_answer` and `_check_question`; it changes `asks_once`,
-    `_flush` and `_check_decoding` where what is here does not hold.
+    `asks_together`, `_flush` and `_check_decoding` where what is here does not hold.
     """
 
     def __init__(self, model, settings, *, method=None, tokenizer=None, mesh=None):
@@ -50,6 +50,14 @@ class VideoModel(abc.ABC):
     @property
     def asks_once(self) -> bool:
         """Whether a memory depends on its question, so that another question means watching again."""
+        return False
+
+    @property
+    def asks_together(self) -> bool:
+        """Whether questions about one video may be rows of one memory, which all watch Frames of one row.
+
+        Then a trace has row(i), that of one question.
+        """
         return False
 
     # --- watching -----------------------------------------------------------------------------------------------------
@@ -132,8 +140,9 @@ class VideoModel(abc.ABC):
         """Watches a video and answers; several questions about one video make a list of answers after one watching.
 
         A list of videos with a list of questions makes a batch. Where the memory depends on its question (`asks_once`),
-        each question of one video is a watching of its own. profile=True measures the seconds of each stage (and makes
-        them wait for each other); progress(frames) is called after each window; decoding options as for `answer`.
+        each question of one video is a watching of its own, unless the system watches for all of them side by side
+        (`asks_together`). profile=True measures the seconds of each stage (and makes them wait for each other);
+        progress(frames) is called after each window; decoding options as for `answer`.
         """
         batched = (
             not isinstance(video, Video | str) and not hasattr(video, "__fspath__") and isinstance(video, Sequence)
@@ -145,11 +154,12 @@ class VideoModel(abc.ABC):
         self._check_decoding(**decoding)  # what is wrong with a question is found before hours of video are watched
         for each in questions:
             self._check_question(each, **decoding)
-        if self.asks_once and len(questions) > 1 and not batched:
+        together = self.asks_once and len(questions) > 1 and not batched
+        if together and not self.asks_together:
             return [self.ask(video, each, profile=profile, progress=progress, **decoding) for each in questions]
         seconds = {} if profile else None
         with _timed(seconds, "begin") as done:
-            memory = done(self.begin(questions if batched else questions[0], video=videos))
+            memory = done(self.begin(questions if batched or together else questions[0], video=videos))
         with _timed(seconds, "watch") as done, contextlib.closing(self.stream(videos)) as windows:
             for frames in windows:
                 memory = self.watch(memory, frames)
@@ -157,9 +167,10 @@ class VideoModel(abc.ABC):
                     progress(int(frames.valid.sum()))
             memory = done(self.finish(memory))
         answers = []
-        for each in [questions] if batched else questions:
+        for each in [questions] if batched or together else questions:
             with _timed(seconds, "answer") as done:
                 answers.append(done(self._reply(fork(memory), each, **decoding)))
+        answers = self._one_by_one(answers[0]) if together else answers
         answers = [dataclasses.replace(a, trace=dataclasses.replace(a.trace, seconds=seconds)) for a in answers]
         return answers[0] if batched or isinstance(instruction, str) else answers
 
@@ -225,6 +236,15 @@ class VideoModel(abc.ABC):
         if instructions is not None and len(instructions) != batch:
             raise PromptError(f"{len(instructions)} questions for a memory of {batch} videos: give one a video.")
         return self._answer(memory, instructions, **decoding)
+
+    def _one_by_one(self, answer: Answer) -> list[Answer]:
+        """The rows of an answer as answers of their own."""
+        answers = []
+        for row, text in enumerate(answer.text):
+            stops = np.flatnonzero(np.isin(answer.tokens[row], self.settings.stop_tokens))
+            count = stops[0] + 1 if len(stops) else answer.tokens.shape[1]
+            answers.append(Answer(text, answer.tokens[row : row + 1, :count], answer.trace.row(row)))
+        return answers
 
     def _in_words(self, tokens, count, trace: Account) -> Answer:
         """The answer that tokens int32 [B, M] make, of which `count` [B] are real."""

@@ -1,6 +1,7 @@
 """From a checkpoint's name to a model that answers."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from longvid_jax import convert
 from longvid_jax.convert.settings import Settings
 from longvid_jax.data.tokenizer import INSTRUCTION, load_tokenizer
-from longvid_jax.errors import CheckpointError, OptionError
+from longvid_jax.errors import CheckpointError, OptionError, VideoWarning
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.systems.adacm2 import AdaCM2, AdaCM2Model
 from longvid_jax.systems.base import VideoModel
@@ -59,6 +60,13 @@ def load(
     if isinstance(method, ReTaKe) and method.yarn_factor is not None:
         rope = dataclasses.replace(config.text.rope, scaling="yarn", factor=float(method.yarn_factor))
         config = dataclasses.replace(config, text=dataclasses.replace(config.text, rope=rope))
+    if system is AdaCM2Model and part is None and not config.qformer.words:
+        warnings.warn(
+            f"{weights.name}: its Q-Former takes no instruction, so what is kept of a video does not depend on the "
+            "question.",
+            VideoWarning,
+            stacklevel=2,
+        )
     settings = Settings.from_folder(weights.path, weights.config)
     model = convert.build(
         weights,

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict, FieldReference
 
 from longvid_jax.errors import OptionError
+from longvid_jax.memory.adacm2 import SCORES
 from longvid_jax.ops.layers import REMAT
 from longvid_jax.train import profile
 from longvid_jax.train.optimizer import OptimizerConfig
@@ -112,14 +113,23 @@ def resolve(config: Mapping) -> ConfigDict:
     _check(config, "remat", REMAT)
     _check(config, "compute_dtype", DTYPES)
     _check(config["frame_positions"], "initial", ("zeros", "waves"), "frame_positions.")
+    _check(config["adacm2"], "scores", SCORES, "adacm2.")
+    if config["frame_positions"]["count"] < 0:
+        raise OptionError(
+            f"config.frame_positions.count is {config['frame_positions']['count']}, but must be at least 0."
+        )
     for name in ("alpha", "beta"):
         for value in np.atleast_1d(config["adacm2"][name]):
             if not 0 < value <= 1:
                 raise OptionError(f"config.adacm2.{name} is {value}, but must be above 0 and at most 1.")
     _check(config["save"], "dtype", DTYPES, "save.")
     for n, one in enumerate(config["stages"]):
-        if one["epochs"] < 0 or bool(one["epochs"]) == bool(one["steps"]):
-            raise OptionError(f"config.stages[{n}] needs either steps or epochs of at least 1.")
+        counts = {name: one[name] for name in ("steps", "epochs")}
+        if 0 not in counts.values():
+            raise OptionError(f"config.stages[{n}] has both steps and epochs; give one of them.")
+        name, count = max(counts.items(), key=lambda item: bool(item[1]))
+        if count < 1:
+            raise OptionError(f"config.stages[{n}].{name} is {count}, but must be at least 1.")
     for where, values, names in (
         ("", config, ("accumulate", "log_every", "workers", "ahead")),
         ("save.", config["save"], ("every", "keep_last")),

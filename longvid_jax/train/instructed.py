@@ -27,7 +27,8 @@ def instructed_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """The losses of the next tokens [B, A * N], and which of them lead: of data.instructed.InstructedBatches.
 
-    policy, carry_queries, stop_gradient: as memory.adacm2.watch takes them.
+    policy, carry_queries, stop_gradient: as memory.adacm2.watch takes them. Where nothing is forgotten and no query
+    goes on, all frames are looked at at once, and then all of them teach, whatever stop_gradient says.
     """
     asked = batch["tokens"].shape[1]
     pixels = normalise(batch["frames"], mean, std)
@@ -49,10 +50,8 @@ def instructed_tokens(
             batch[name][rows].T for name in ("number", "shown")
         ))  # fmt: skip
         tokens, width = keys.shape[3:]
-        capacity = max(
-            adacm2.largest(tokens, a, b, keys.shape[2] if adacm2.ratio(a, b) == 1 else None)
-            for a, b in zip(policy.alpha, policy.beta, strict=True)
-        )
+        shares = zip(policy.alpha, policy.beta, strict=True)
+        capacity = max(adacm2.largest(tokens, alpha, beta, keys.shape[2]) for alpha, beta in shares)
         cache = adacm2.empty(keys.shape[0], words.shape[0], capacity, width, keys.dtype)
         _, outputs = adacm2.watch(
             cache,

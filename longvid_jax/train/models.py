@@ -13,8 +13,8 @@ from flax import nnx
 from longvid_jax import convert
 from longvid_jax.convert.folder import files_beside
 from longvid_jax.convert.modules import NETWORKS
-from longvid_jax.convert.source import open_config
 from longvid_jax.convert.settings import CLIP_MEAN, CLIP_STD, Settings
+from longvid_jax.convert.source import open_config
 from longvid_jax.data.chat import QUERIES_FIRST_TEMPLATE
 from longvid_jax.data.tokenizer import INSTRUCTION, bert_tokenizer, load_tokenizer, world_tokenizer
 from longvid_jax.errors import CheckpointError, OptionError
@@ -28,7 +28,7 @@ from longvid_jax.models.qwen2_vl import VisionConfig
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.train.config import plain
 from longvid_jax.train.initial import scaled
-from longvid_jax.train.parts import take
+from longvid_jax.train.parts import checked, take
 
 ADAPTERS = ".*/lora_[ab]"
 INSTRUCTED = ("instructblip", "world_towers")  # model types that read the question with a BERT's tokenizer, too
@@ -130,8 +130,8 @@ def _make(config, mesh) -> tuple[Model, Any]:
 
 def _from_parts(values: dict, parts) -> dict:
     """A config.json in which the sizes of a part that is not there are those of the checkpoint it comes from."""
-    for part in parts:
-        if (name := f"{part['to']}_config") not in values and part.get("source"):
+    for part in map(checked, parts):
+        if (name := f"{part['to']}_config") not in values:
             found = open_config(part["source"])[1]
             values |= {name: found[name]} if name in found else {}
     return values
@@ -142,6 +142,8 @@ def _filled(values: dict, tokenizer, words) -> dict:
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in TOKENS.items()}
     if words is None:
         return {"vocab_size": len(tokenizer), **ids, **values}
+    if "text_config" not in values:
+        raise OptionError("config.model has no text_config; give it, or take the part 'text' from a checkpoint.")
     text = {"vocab_size": len(tokenizer), **{key: ids[key] for key in ("bos_token_id", "eos_token_id")}}
     values = {"image_token_index": ids["video_token_id"], **values, "text_config": text | values["text_config"]}
     reader = {"vocab_size": len(words), "pad_token_id": words.pad_token_id}

@@ -17,10 +17,12 @@ from longvid_jax.data.instructed import InstructedBatches
 from longvid_jax.data.malmm import BreakfastSource, CaptionSource, CoinSource, LvuSource, QuestionSource
 from longvid_jax.data.naming import THINGS, WorldMoments
 from longvid_jax.data.text import TextBatches, TextSource
+from longvid_jax.data.tokenizer import INSTRUCTION
 from longvid_jax.data.world import WorldSource
-from longvid_jax.errors import DataError, OptionError
+from longvid_jax.errors import CheckpointError, DataError, OptionError
 from longvid_jax.memory.adacm2 import Policy
 from longvid_jax.models.instructblip import InstructBlipConfig
+from longvid_jax.models.towers import TowersConfig
 from longvid_jax.train import losses
 from longvid_jax.train.config import plain, unknown
 from longvid_jax.train.instructed import instructed_tokens
@@ -92,6 +94,7 @@ def _naming_loss(model: Model, remat: str):
 
 
 def _facts(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    _check_towers(model)
     share = {"process": process, "processes": processes}
     return FactBatches(
         _examples(stage, seed), model.tokenizer, model.video_token, _buckets(stage, "text"), stage.batch_size,
@@ -107,8 +110,17 @@ def _fact_loss(model: Model, remat: str):
     return lambda module, batch: losses.sums(*losses.fact_tokens(module, batch, remat=remat), batch)
 
 
+def _check_towers(model: Model) -> None:
+    if not isinstance(model.settings, TowersConfig):
+        raise OptionError("the tasks 'facts' and 'towers' need a model of type world_towers; change the stage.")
+
+
 def _instructed(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
     settings = _instructblip(model)
+    if settings.qformer.words and model.words is None:
+        raise CheckpointError(
+            f"the Q-Former reads questions, but the checkpoint has no {INSTRUCTION}/ with its tokenizer; put it there."
+        )
     return InstructedBatches(
         _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
         frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=settings.num_queries,
@@ -119,7 +131,12 @@ def _instructed(stage, model: Model, *, seed: int, process: int = 0, processes: 
 def _instructed_tokens(model: Model, remat: str = "none"):
     how = dict(model.adacm2)
     layers = _instructblip(model).qformer.cross_layers
-    shares = (value if isinstance(value := how.pop(name), tuple) else (value,) * layers for name in ("alpha", "beta"))
+    shares = []
+    for name in ("alpha", "beta"):
+        share = value if isinstance(value := how.pop(name), tuple) else (value,) * layers
+        if len(share) != layers:
+            raise OptionError(f"config.adacm2.{name} has {len(share)} values, but {layers} layers look at frames.")
+        shares.append(share)
     policy = Policy(*shares, how.pop("scores"))
     return partial(instructed_tokens, policy=policy, **how, mean=model.mean, std=model.std, remat=remat)
 
@@ -155,11 +172,16 @@ class _Towers:
 
 
 def _tower_batches(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
-    """The stage's first source is of moments, the others are of facts."""
+    """The stage's first source is of moments, of `worlds` at a time if it says so; the others are of facts."""
+    _check_towers(model)
+    if len(stage.sources) < 2:
+        raise OptionError("a stage of the task 'towers' needs a source of moments and one of facts; change the stage.")
     first, *others = plain(stage.sources)
+    first = dict(first)
+    worlds = first.pop("worlds", stage.batch_size)
     facts = ConfigDict({**plain(stage), "sources": tuple(others)})
     return _Towers(
-        _moments_of(first, stage.batch_size, model, seed, process, processes),
+        _moments_of(first, worlds, model, seed, process, processes),
         _facts(facts, model, seed=seed, process=process, processes=processes),
     )
 

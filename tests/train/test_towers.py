@@ -1,0 +1,126 @@
+"""Both of AdaCM2's steps on the made-up world, in little: the towers, and then what is built on them, frozen."""
+
+import numpy as np
+import pytest
+
+import longvid_jax as lv
+from longvid_jax import convert
+from longvid_jax.errors import OptionError
+from longvid_jax.models.bert import Bert
+from longvid_jax.models.eva_vit import EvaViT
+from longvid_jax.models.llama import Decoder
+from longvid_jax.models.paths import leaves
+from longvid_jax.train import config, models, tasks
+from longvid_jax.video.synthetic import World, write_video
+from tests.train.runs import lines, run
+from tests.train.test_loop import assert_same_run, press_once
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
+NEW = ("/cross", "/query_mlp", "/layers/01/")  # what the towers' BERT, of one layer, does not have
+
+
+def arrays(module) -> dict[str, np.ndarray]:
+    return {leaf.path: np.asarray(leaf.value) for leaf in leaves(module)}
+
+
+@pytest.fixture(scope="module")
+def towers(kept_programs, tmp_path_factory):
+    """The folder of a run of the towers, and what it gave."""
+    wanted = config.load(
+        "world_towers:smoke",
+        ["--config.stages[0].sources[1].seconds=(8.0,)", "--config.stages[0].sources[0].moments=4"],
+    )
+    folder = tmp_path_factory.mktemp("towers") / "run"
+    return folder, run(wanted, folder)[0]
+
+
+def built_on(towers, *overrides):
+    """The config of a run on them."""
+    wanted = config.load("adacm2:smoke", [f"--config.towers={towers / 'model'}", *overrides])
+    with wanted.unlocked():
+        del wanted.model["vision_config"], wanted.model["text_config"]
+    wanted.model.qformer_config.num_hidden_layers = 2
+    parts = [{"to": name, "source": str(towers / "model"), "part": name} for name in ("vision", "text")]
+    wanted.parts = (*parts, {"to": "qformer", "source": str(towers / "model"), "part": "bert", "new": NEW})
+    for where in (wanted.stages[0], wanted.eval):
+        where.sources[0]["size"] = (56, 56)
+    return wanted
+
+
+@pytest.fixture(scope="module")
+def adacm2(towers, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adacm2") / "run"
+    return folder, run(built_on(towers[0]), folder)[0]
+
+
+def test_the_towers_learn(towers):
+    folder, result = towers
+    assert (result["step"], result["stopped"], result["skipped"]) == (4, None, 0)
+    told = [line for line in lines(folder / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in told] == [1, 2, 3, 4]
+    for line in told:
+        assert all(0 <= line[name] <= 1 for name in ("named", "told", "guessed")) and "accuracy" not in line
+        assert line["tokens_per_s"] > 0 and line["grad_norm"] > 0
+    assert told[-1]["loss"] < told[0]["loss"]
+    assert set(result["evaluation"]) == {"loss", "accuracy", "answers", "best"} and result["evaluation"]["answers"]
+
+
+def test_the_towers_load_by_part(towers):
+    folder = towers[0] / "model"
+    whole = arrays(convert.from_huggingface(folder))
+    for part, kind in (("vision", EvaViT), ("bert", Bert), ("text", Decoder)):
+        module = convert.from_huggingface(folder, part=part)
+        assert isinstance(module, kind)
+        for path, array in arrays(module).items():
+            np.testing.assert_array_equal(array, whole[f"{part}/{path}"])
+    assert {file.name for file in folder.iterdir()} >= {"tokenizer.json", "qformer_tokenizer", "config.json"}
+
+
+def test_what_is_built_on_them(towers, adacm2):
+    """The towers stay to the bit; the Q-Former, which began as their BERT, its queries and all else learn."""
+    have = arrays(convert.from_huggingface(towers[0] / "model"))
+    after = arrays(convert.from_huggingface(adacm2[0] / "model"))
+    for path, array in after.items():
+        if path.startswith(("vision/", "text/")):
+            np.testing.assert_array_equal(array, have[path], err_msg=path)
+    began = arrays(models.build(built_on(towers[0]))[1])
+    np.testing.assert_array_equal(began["qformer/words/embedding"], have["bert/words/embedding"])
+    learned = {path for path in began if path.startswith(("qformer/", "query_tokens", "projection/", "frames/"))}
+    still = {path for path in learned if np.array_equal(began[path], after[path])}
+    # The last layer's words, which no query sees any more, and at most biases of keys, which no softmax feels.
+    assert all(path.startswith("qformer/layers/01/mlp") or path.endswith("k/bias") for path in still), still
+
+
+def test_the_model_answers(adacm2, tmp_path):
+    model = lv.load(adacm2[0] / "model", lv.AdaCM2(alpha=0.5, beta=0.5))
+    assert model.model.config.num_frames == 64 and not model.carry_queries
+    write_video(World(0, seconds=2), tmp_path / "a.mp4", size=(56, 56), fps=2)
+    answer = model.ask(lv.Video(tmp_path / "a.mp4", fps=2), "Which shape is red?", max_new_tokens=2)
+    assert len(answer.tokens) <= 2 and answer.trace is not None
+
+
+def test_stopped_and_taken_up_again(towers, adacm2, tmp_path):
+    result, _ = run(built_on(towers[0]), tmp_path / "run", progress=press_once(at=1))
+    assert result["stopped"] == "SIGINT" and result["step"] in (2, 3)
+    result, _ = run(built_on(towers[0]), tmp_path / "run")
+    assert result["stopped"] is None
+    assert_same_run(tmp_path / "run", adacm2[0], step=4)
+
+
+def test_tasks_that_do_not_fit_the_model(towers):
+    """Found before anything is compiled, in words."""
+    on_towers, _ = models.build(config.load("world_towers:smoke"))
+    instructed = config.load("adacm2:smoke")
+    blip, _ = models.build(instructed)
+    with pytest.raises(OptionError, match="the task 'instructed' needs an InstructBLIP; change the stage"):
+        tasks.Curriculum(instructed, on_towers)
+    for task in ("facts", "towers"):
+        with pytest.raises(OptionError, match="'facts' and 'towers' need a model of type world_towers; change"):
+            tasks.Curriculum(config.load("world_towers:smoke", [f"--config.stages[0].task={task}"]), blip)
+    alone = config.load("world_towers:smoke")
+    alone.stages[0].sources = alone.stages[0].sources[:1]
+    with pytest.raises(OptionError, match="task 'towers' needs a source of moments and one of facts; change the stage"):
+        tasks.Curriculum(alone, on_towers)
+    instructed.adacm2.alpha = (0.5, 0.5)
+    with pytest.raises(OptionError, match="config.adacm2.alpha has 2 values, but 1 layers look at frames"):
+        tasks.TASKS["instructed"].tokens(models.build(instructed)[0])
