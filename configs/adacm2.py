@@ -110,7 +110,7 @@ def _world(config, variant: str):
         config.log_every = 1
         config.optim.warmup = 1
         return config
-    config.eval = _held_out(every=400, batches=24, batch_size=5, seconds=16.0)
+    config.eval = _held_out(every=400, batches=16, batch_size=5, seconds=16.0)
     config.save.every = 200
     config.save.dtype = "bfloat16"
     config.benchmark = {"seconds": 16.0, "fps": FPS, "size": SIZE, "level": "clear"}
@@ -129,21 +129,30 @@ def _world(config, variant: str):
         {"to": "qformer", "source": towers, "part": "bert", "new": FRESH},
     )
     config.frame_positions.count = 2048
+    # First the Q-Former learns to find what answers a question, and to tell it as the towers tell facts.
     config.stages = (
-        _questions(steps=300, batch_size=5, seconds=8.0, asked=8),
-        _questions(steps=1300, batch_size=5, seconds=16.0, asked=8),
+        _questions(steps=300, batch_size=6, seconds=4.0, asked=8, task="telling"),
+        _questions(steps=800, batch_size=5, seconds=16.0, asked=8, task="telling"),
+        _questions(steps=500, batch_size=5, seconds=16.0, asked=8),
     )
     config.assets = "adacm2_world"
     config.optim.warmup = 100
     return config
 
 
-def _questions(steps: int, batch_size: int, seconds: float, asked: int, size: int = SIZE):
+def _questions(steps: int, batch_size: int, seconds: float, asked: int, size: int = SIZE, task: str = "instructed"):
     """Half of the videos stand later and wider apart than they are, so that later frame positions are learned too."""
-    source = {"kind": "world", "count": 10_000_000, "seconds": (seconds,), "size": (size, size), "questions": asked}
-    source |= {"temporal": 1, "offset": 384, "stride": 2, "families": FAMILIES}
+    source = {"kind": "telling" if task == "telling" else "world", "count": 10_000_000, "seconds": (seconds,)}
+    source |= {
+        "size": (size, size),
+        "questions": asked,
+        "temporal": 1,
+        "offset": 384,
+        "stride": 2,
+        "families": FAMILIES,
+    }
     return stage(
-        task="instructed",
+        task=task,
         steps=steps,
         batch_size=batch_size,
         sources=(source,),

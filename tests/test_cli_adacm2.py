@@ -14,7 +14,7 @@ from longvid_jax.evaluate import ask, tiny
 from longvid_jax.systems.adacm2 import AdaCM2Model
 from longvid_jax.video.synthetic import World, write_video
 from tests import adacm2_model
-from tests.adacm2_model import LAYERS, TOKENS
+from tests.adacm2_model import LAYERS, TOKENS, WIDTH
 
 QUESTIONS = ["What colour is the ring?", "How many circles are there?"]
 FAST = ["--alpha", "0.2,0.4", "--beta", "0.5", "--max-new-tokens", "4"]
@@ -28,7 +28,7 @@ def nothing_stays(monkeypatch):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return adacm2_model.write(tmp_path_factory.mktemp("adacm2"))
+    return adacm2_model.write(tmp_path_factory.mktemp("adacm2") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_several_questions_after_one_watching(succeeds, checkpoint, movie, monke
     assert trace["tokens_held"] == [held(alpha, 0.5, FRAMES) for alpha in (0.2, 0.4)]
     assert np.sum([moment["tokens"] for moment in trace["held"]], axis=0).tolist() == trace["tokens_held"]
     assert all(moment["time"] == moment["frame"] / 2 for moment in trace["held"])
-    a_token = 2 * 32 * 4  # keys and values, width, bytes
+    a_token = 2 * WIDTH * 4  # keys and values, width, bytes
     assert trace["cache_bytes"] == sum(trace["tokens_held"]) * a_token
     assert trace["cache_bytes_uncompressed"] == FRAMES * TOKENS * LAYERS * a_token
     assert trace["cache_bytes_allocated"] == trace["cache_capacity"] * LAYERS * a_token

@@ -223,7 +223,7 @@ def _together(model: AdaCM2Model, worlds, asked: Sequence[Asked], times, size, p
             carry_queries=model.carry_queries,
             random=jax.random.key(model.method.seed) if model.policy.scores == "random" else None,
         )
-        first = np.unique(here, return_index=True)[1]
+        seen, first = np.asarray(seen), np.unique(here, return_index=True)[1]
         first = sorted(first.tolist(), key=lambda row: len(asked[here[row]].answer))  # as above
         for row in _batches(first, min(ANSWERED, len(asked))):
             mine = here[row]

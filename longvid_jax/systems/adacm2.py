@@ -205,7 +205,8 @@ class AdaCM2Model(VideoModel):
             policy=self.policy,
             carry_queries=self.carry_queries,
         )
-        seen = np.where(valid[: len(times)], times, np.nan).astype(np.float32)
+        used = int(valid.sum(1).max())  # so that the next frame's place is its number
+        seen = np.where(valid[: len(times)], times, np.nan).astype(np.float32)[:, :used]
         earlier = memory.times if memory.times.size else np.zeros((len(times), 0), np.float32)
         return dataclasses.replace(
             memory,

@@ -9,9 +9,13 @@ from einops import rearrange
 from longvid_jax.memory import adacm2
 from longvid_jax.memory.adacm2 import Policy, Window
 from longvid_jax.models.instructblip import InstructBlip
+from longvid_jax.models.layers import FeedForward
 from longvid_jax.ops.attention import Keys, attend
 from longvid_jax.train.losses import token_losses
 from longvid_jax.video.preprocess import normalise
+
+NOTHING = 0.05  # weight of a slot that has nothing to tell, beside one that has
+NEAR = 0.1  # squared distance to a fact, as a share of its size, from which it counts as told
 
 
 def instructed_tokens(
@@ -30,6 +34,48 @@ def instructed_tokens(
     policy, carry_queries, stop_gradient: as memory.adacm2.watch takes them. Where nothing is forgotten and no query
     goes on, all frames are looked at at once, and then all of them teach, whatever stop_gradient says.
     """
+    how = {"policy": policy, "carry_queries": carry_queries, "stop_gradient": stop_gradient, "mean": mean, "std": std}
+    return _said(model, _watched(model, batch, **how, remat=remat), batch, remat)
+
+
+def telling(
+    model: InstructBlip, batch: Mapping[str, jax.Array], *, facts: FeedForward, remat: bool | str = False, **how
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """How well the projected outputs tell what answers the questions, in the vectors that `facts` makes of it.
+
+    batch: of data.telling.TellingBatches. how: as instructed_tokens takes it. Slots with an event count, and others a
+    little: each by its squared distance, as a share of what the vectors of all events have. Gives the sum, the number
+    of slots with an event, and in how many of them the distance is below a tenth.
+    """
+    vectors = model.projection(_watched(model, batch, **how, remat=remat)).astype(jnp.float32)
+    asked = batch["weights"].max(-1).reshape(-1, 1) > 0
+    given = batch["facts"].reshape(*vectors.shape[:2], -1)
+    wanted = jax.lax.stop_gradient(facts(given)).astype(jnp.float32)
+    real = (given != 0).any(-1) & asked
+    size = jnp.where(real[..., None], jnp.square(wanted), 0).sum() / jnp.maximum(real.sum(), 1)
+    distance = jnp.square(vectors - wanted).sum(-1) / size
+    weight = real + NOTHING * (asked & ~real)
+    count = real.sum(dtype=jnp.float32)
+    tokens = (batch["groups"] >= 0).sum(dtype=jnp.float32)
+    return (
+        (distance * weight).sum(),
+        count,
+        {"right": (real & (distance < NEAR)).sum(dtype=jnp.float32), "tokens": tokens},
+    )
+
+
+def _watched(
+    model: InstructBlip,
+    batch: Mapping[str, jax.Array],
+    *,
+    policy: Policy,
+    carry_queries: bool,
+    stop_gradient: bool,
+    mean,
+    std,
+    remat: bool | str = False,
+) -> jax.Array:
+    """The outputs [B * A, Q, C] of the queries after the last frame."""
     asked = batch["tokens"].shape[1]
     pixels = normalise(batch["frames"], mean, std)
     features = model.vision(pixels.reshape(-1, *pixels.shape[2:]), remat=remat)
@@ -43,29 +89,27 @@ def instructed_tokens(
     if not carry_queries and not any(adacm2.ratio(*pair) < 1 for pair in zip(policy.alpha, policy.beta, strict=True)):
         # Nothing is forgotten and no query goes on: what the last frame's queries see is all there ever was.
         look = _looking_at_all(keys, values, batch["shown"], asked)
-        outputs, _ = model.qformer(queries, text, valid, look, ())
-    else:
-        rows = jnp.repeat(jnp.arange(keys.shape[1]), asked)
-        window = Window(*(jnp.moveaxis(x[:, rows], 2, 0) for x in (keys, values)), *(
-            batch[name][rows].T for name in ("number", "shown")
-        ))  # fmt: skip
-        tokens, width = keys.shape[3:]
-        shares = zip(policy.alpha, policy.beta, strict=True)
-        capacity = max(adacm2.largest(tokens, alpha, beta, keys.shape[2]) for alpha, beta in shares)
-        cache = adacm2.empty(keys.shape[0], words.shape[0], capacity, width, keys.dtype)
-        _, outputs = adacm2.watch(
-            cache,
-            jnp.zeros_like(queries),
-            window,
-            lambda queries, look, carry: model.qformer(queries, text, valid, look, carry),
-            queries,
-            policy,
-            carry_queries=carry_queries,
-            stop_gradient=stop_gradient,
-            remat=remat not in (False, "none"),
-            random=jax.random.key(0) if policy.scores == "random" else None,
-        )
-    return _said(model, outputs, batch, remat)
+        return model.qformer(queries, text, valid, look, ())[0]
+    rows = jnp.repeat(jnp.arange(keys.shape[1]), asked)
+    window = Window(*(jnp.moveaxis(x[:, rows], 2, 0) for x in (keys, values)), *(
+        batch[name][rows].T for name in ("number", "shown")
+    ))  # fmt: skip
+    tokens, width = keys.shape[3:]
+    shares = zip(policy.alpha, policy.beta, strict=True)
+    capacity = max(adacm2.largest(tokens, alpha, beta, keys.shape[2]) for alpha, beta in shares)
+    cache = adacm2.empty(keys.shape[0], words.shape[0], capacity, width, keys.dtype)
+    return adacm2.watch(
+        cache,
+        jnp.zeros_like(queries),
+        window,
+        lambda queries, look, carry: model.qformer(queries, text, valid, look, carry),
+        queries,
+        policy,
+        carry_queries=carry_queries,
+        stop_gradient=stop_gradient,
+        remat=remat not in (False, "none"),
+        random=jax.random.key(0) if policy.scores == "random" else None,
+    )[1]
 
 
 def _looking_at_all(keys: jax.Array, values: jax.Array, shown: jax.Array, asked: int):

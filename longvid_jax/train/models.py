@@ -59,6 +59,7 @@ class Model:
     words: Any = None  # the tokenizer of a BERT or a Q-Former, where there is one
     settings: Any = None  # what convert.network_config made of the config.json
     adacm2: Any = None  # how AdaCM2 watches: config.adacm2
+    facts: Any = None  # the map of config.towers from facts to vectors, where a stage learns to tell them
 
 
 def build(config, mesh=None) -> tuple[Model, Any]:
@@ -70,6 +71,8 @@ def build(config, mesh=None) -> tuple[Model, Any]:
     _check_tokenizer(model)
     if isinstance(model.settings, InstructBlipConfig):
         model, module = _with_frames(config, model, module, mesh)
+        if config.towers and any(stage.task == "telling" for stage in config.stages):
+            model = dataclasses.replace(model, facts=convert.from_huggingface(config.towers, part="facts"))
     if config.lora.rank:
         key = jax.random.key(config.seed)
         module = lora.add(module, tuple(config.lora.patterns), config.lora.rank, config.lora.alpha, key=key)

@@ -16,6 +16,7 @@ from longvid_jax.data.facts import FactBatches, FactSource
 from longvid_jax.data.instructed import InstructedBatches
 from longvid_jax.data.malmm import BreakfastSource, CaptionSource, CoinSource, LvuSource, QuestionSource
 from longvid_jax.data.naming import THINGS, WorldMoments
+from longvid_jax.data.telling import TellingBatches, TellingSource
 from longvid_jax.data.text import TextBatches, TextSource
 from longvid_jax.data.tokenizer import INSTRUCTION
 from longvid_jax.data.world import WorldSource
@@ -25,7 +26,7 @@ from longvid_jax.models.instructblip import InstructBlipConfig
 from longvid_jax.models.towers import TowersConfig
 from longvid_jax.train import losses
 from longvid_jax.train.config import plain, unknown
-from longvid_jax.train.instructed import instructed_tokens
+from longvid_jax.train.instructed import instructed_tokens, telling
 from longvid_jax.train.models import Model
 from longvid_jax.video.synthetic import HELD_OUT
 
@@ -115,20 +116,21 @@ def _check_towers(model: Model) -> None:
         raise OptionError("the tasks 'facts' and 'towers' need a model of type world_towers; change the stage.")
 
 
-def _instructed(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+def _instructed(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1, kind=InstructedBatches):
     settings = _instructblip(model)
     if settings.qformer.words and model.words is None:
         raise CheckpointError(
             f"the Q-Former reads questions, but the checkpoint has no {INSTRUCTION}/ with its tokenizer; put it there."
         )
-    return InstructedBatches(
+    return kind(
         _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
         frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=settings.num_queries,
         reads=settings.qformer.max_length, process=process, processes=processes,
     )  # fmt: skip
 
 
-def _instructed_tokens(model: Model, remat: str = "none"):
+def _watching(model: Model) -> dict:
+    """How AdaCM2 watches, as train.instructed takes it."""
     how = dict(model.adacm2)
     layers = _instructblip(model).qformer.cross_layers
     shares = []
@@ -138,7 +140,11 @@ def _instructed_tokens(model: Model, remat: str = "none"):
             raise OptionError(f"config.adacm2.{name} has {len(share)} values, but {layers} layers look at frames.")
         shares.append(share)
     policy = Policy(*shares, how.pop("scores"))
-    return partial(instructed_tokens, policy=policy, **how, mean=model.mean, std=model.std, remat=remat)
+    return {"policy": policy, **how, "mean": model.mean, "std": model.std}
+
+
+def _instructed_tokens(model: Model, remat: str = "none"):
+    return partial(instructed_tokens, **_watching(model), remat=remat)
 
 
 def _instructed_loss(model: Model, remat: str):
@@ -149,6 +155,12 @@ def _instructed_loss(model: Model, remat: str):
         return losses.sums(*tokens(module, batch), flat)
 
     return loss
+
+
+def _telling(model: Model, remat: str):
+    if model.facts is None:
+        raise OptionError("the task 'telling' needs the towers that tell facts; give config.towers.")
+    return partial(telling, facts=model.facts, **_watching(model), remat=remat)
 
 
 def _instructblip(model: Model):
@@ -196,6 +208,7 @@ TASKS = {
     "facts": Task(_facts, _fact_loss, _fact_tokens),
     "towers": Task(_tower_batches, _tower_loss, None),
     "instructed": Task(_instructed, _instructed_loss, _instructed_tokens),
+    "telling": Task(partial(_instructed, kind=TellingBatches), _telling, None),
 }
 
 
@@ -279,6 +292,7 @@ def _recorded(folder: str, split: str = "train", size: tuple[int, int] = (56, 56
 SOURCES = {
     "world": WorldSource,
     "facts": FactSource,
+    "telling": TellingSource,
     "recorded": _recorded,
     "conversations": ConversationSource,
     "text": TextSource,

@@ -18,7 +18,7 @@ TOKENS = 6  # words of an answer
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return adacm2_model.write(tmp_path_factory.mktemp("adacm2"))
+    return adacm2_model.write(tmp_path_factory.mktemp("adacm2") / "model")
 
 
 def frames(pixels, times):

@@ -84,8 +84,7 @@ def test_shows_the_moments_of_which_most_is_held():
     assert adacm2_figure.moments(share[:2], 7).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("layers", [1, 6, 40])
-@pytest.mark.parametrize("grid", [(1, 1), (16, 16), (9, 16)])
+@pytest.mark.parametrize(("layers", "grid"), [(1, (1, 1)), (6, (16, 16)), (40, (9, 16))])
 def test_any_number_of_layers_and_patches(trace, draw, layers, grid):
     """Nothing is cut off, and questions take a lane of their own."""
     some = dataclasses.replace(

@@ -1,5 +1,6 @@
 """The demonstration: runs, and what it says is true."""
 
+import dataclasses
 import json
 
 import pytest
@@ -9,20 +10,49 @@ import longvid_jax as lv
 from longvid_jax import cli
 from longvid_jax.evaluate import assets, demo
 from longvid_jax.evaluate.metrics import span_iou
-from longvid_jax.video.synthetic import FAMILIES, World
+from longvid_jax.video.synthetic import World
+from tests import adacm2_model
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """The same demonstration with a shorter video."""
-    monkeypatch.setattr(demo, "SECONDS", 24.0)
+    """The same demonstrations with shorter videos."""
+    for system, seconds in (("retake", 24.0), ("adacm2", 12.0)):
+        monkeypatch.setitem(demo.SHOWS, system, dataclasses.replace(demo.SHOWS[system], seconds=seconds))
     monkeypatch.setenv("LONGVID_COMPILATION_CACHE", "0")
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """A model of random weights in the place of AdaCM2's shipped one, where that is not there; it is quicker, too."""
+    monkeypatch.setattr(assets, "FOLDER", tmp_path / "assets")
+    adacm2_model.write(assets.FOLDER / demo.SHOWS["adacm2"].model)
 
 
 def test_json_is_true(capsys, tmp_path):
     folder = tmp_path / "kept"
     assert cli.main(["demo", "--json", "--keep", str(folder), "--seed", "3"]) == 0
     result = json.loads(capsys.readouterr().out)
+    check(result, demo.SHOWS["retake"], folder)
+    trace, plain = result["trace"], result["plain"]["trace"]
+    assert trace["tokens_kept"] == trace["tokens"] // 4 and plain["tokens_kept"] == plain["tokens"] == trace["tokens"]
+    assert plain["cache_bytes"] == trace["cache_bytes_uncompressed"] > 2 * trace["cache_bytes"]
+
+    assert cli.main(["demo", "--keep", str(folder)]) == 2  # and nothing of it is overwritten
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_json_is_true_of_adacm2(capsys, tmp_path, untrained):
+    folder = tmp_path / "kept"
+    assert cli.main(["demo", "--system", "adacm2", "--json", "--keep", str(folder)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result, demo.SHOWS["adacm2"], folder)
+    trace, plain = result["trace"], result["plain"]["trace"]
+    assert trace["frames"] == 24 and plain["tokens_held"] == [trace["tokens"]] * adacm2_model.LAYERS
+    assert plain["cache_bytes"] == trace["cache_bytes_uncompressed"] > 2 * trace["cache_bytes"]
+
+
+def check(result, show, folder):
     assert {path.name for path in folder.iterdir()} == {"world.mp4", "world.json", "timeline.png"}
     with Image.open(result["timeline"]) as figure:
         assert figure.width > 1000
@@ -30,7 +60,7 @@ def test_json_is_true(capsys, tmp_path):
     # The questions and truths are those of the world that it names, one of each family.
     world = World(**result["world"])
     truths = {question.text: question for question in world.questions()}
-    assert [one["family"] for one in result["answers"]] == list(FAMILIES)
+    assert [one["family"] for one in result["answers"]] == list(show.families)
     for one in result["answers"]:
         assert truths[one["question"]].answer == one["truth"]
         expected = one["text"] == one["truth"]
@@ -42,24 +72,17 @@ def test_json_is_true(capsys, tmp_path):
     assert result["right_without"] == sum(one["without"]["right"] for one in result["answers"])
 
     # Anyone who asks the shipped model about the file gets what was said.
-    checkpoint, questions = assets.path("qwen2vl_world"), [one["question"] for one in result["answers"]]
-    for method, said in ((demo.METHOD, lambda one: one), (None, lambda one: one["without"])):
+    checkpoint, questions = assets.path(show.model), [one["question"] for one in result["answers"]]
+    for method, said in ((show.method, lambda one: one), (None, lambda one: one["without"])):
         answers = lv.load(checkpoint, method=method).ask(
             lv.Video(folder / "world.mp4", fps=2), questions, max_new_tokens=demo.MAX_NEW_TOKENS
         )
         assert [answer.text.strip() for answer in answers] == [said(one)["text"] for one in result["answers"]]
 
-    trace, plain = result["trace"], result["plain"]["trace"]
-    assert trace["tokens_kept"] == trace["tokens"] // 4 and plain["tokens_kept"] == plain["tokens"] == trace["tokens"]
-    assert plain["cache_bytes"] == trace["cache_bytes_uncompressed"] > 2 * trace["cache_bytes"]
-
     report = demo.report(result)
-    assert f"{result['right']} of 7 answers are right" in report
+    assert f"{result['right']} of {len(show.families)} answers are right" in report and show.title in report
     for one in result["answers"]:
         assert one["question"] in report and one["text"] in report and (one["right"] or one["truth"] in report)
-
-    assert cli.main(["demo", "--keep", str(folder)]) == 2  # and nothing of it is overwritten
-    assert "not an empty folder" in capsys.readouterr().err
 
 
 def test_a_miss_is_told():
@@ -77,5 +100,5 @@ def test_a_miss_is_told():
 
 
 def test_seeds_give_other_worlds():
-    worlds = [demo._world(seed)[0] for seed in (0, 0, 1)]
+    worlds = [demo._world(seed, demo.SHOWS["retake"])[0] for seed in (0, 0, 1)]
     assert worlds[0] == worlds[1] != worlds[2]

@@ -128,7 +128,7 @@ class Oracle:
                 ]
                 for f, row in enumerate(state)
             ]
-            for f, row in enumerate(state):
+            for row in state:
                 for i, q in enumerate(row):
                     hidden = self.linear(p, f"{at}/mlp/fc1", self.norm(p, f"{at}/mlp_norm", q))
                     hidden = np.array([x / 2 * (1 + math.erf(x / math.sqrt(2))) for x in hidden])
