@@ -113,7 +113,7 @@ def _world(config, variant: str):
     config.eval = _held_out(every=400, batches=16, batch_size=5, seconds=16.0)
     config.save.every = 200
     config.save.dtype = "bfloat16"
-    config.benchmark = {"seconds": 16.0, "fps": FPS, "size": SIZE, "level": "clear"}
+    config.benchmark = {"seconds": 16.0, "fps": FPS, "size": SIZE, "level": "clear", "families": FAMILIES}
     if variant == "policy":
         config.adacm2.alpha, config.adacm2.beta = 0.1, 0.5
         config.optim.lr = 1e-3

@@ -38,7 +38,7 @@ def conversation(
 
 
 class InstructedBatches:
-    """A grain source of batches without an end, as data.batches.Batches.
+    """A grain source of batches without an end, as data.batches.Batches. Of several turns the first alone is asked.
 
     A batch has frames uint8 [B, T, H, W, 3]; number int32 [B, T], of each frame, and shown bool [B, T]; words int32
     [B, A, S], the Q-Former's question (-1: padding); tokens int32 [B, A, N] (-1: padding) and places int32 [B, A, N] as

@@ -116,7 +116,7 @@ class Plan:
             "paper": [Setting(way, *TENTH) for way in TRAINABLE],
             "carried": [main["carried"]],
             "shared": [main["shared"]] if length <= SHORT else [],
-            "prompt": [main[way] for way in (GENERIC, "empty", "generic memory")],
+            "prompt": [main[way] for way in (GENERIC, "empty", "generic memory") if way in main],
         }
         for part, settings in wanted.items():
             if part in self.parts and settings:
@@ -139,7 +139,8 @@ class Plan:
 
     def work(self, length: int, setting: Setting) -> int:
         """Of a seed's questions: frames that are looked at with a question, or what takes as long."""
-        way, frames = WAYS[setting.way], len(self.at(0, length).times(self.setup.world(0))) * length
+        way, setup = WAYS[setting.way], self.at(0, length)
+        frames = len(setup.times(setup.world(0)))
         if setting == PLAIN or (way.scores in adacm2_watch.BLIND and not way.carry_queries):
             return round(COSTS * frames * self.setup.examples)
         return frames * self.setup.examples // (self.setup.questions if way.memory != "question" else 1)
@@ -163,20 +164,18 @@ def run(
     models: by way those with weights of their own, and at "" the one trained without eviction.
     """
     rows = []
-    prints = {way: fingerprint(model.model) for way, model in models.items()}
+    keys = Keys(models)
     for length in plan.lengths if plan.asks else ():
         told: dict[tuple[int, Setting], list[str]] = {}
         clips = [Clips(plan.at(seed, length)) for seed in range(plan.seeds)]
-        fits = cache_bytes(models[""], len(clips[0].times), plan.setup.size) <= plan.limit
+        fits = _fits(models[""], plan, length)
         for seed, clip in enumerate(clips):
             for setting in plan.needed(length, seed):
                 if setting == PLAIN and not fits:
                     progress("", plan.work(length, setting))
                     continue
                 model = models[setting.way if setting.weights == OWN else ""]
-                key = {"benchmark": "claims adacm2", "length": length, "seed": seed, "setting": str(setting)}
-                if setting.weights == OWN:
-                    key["weights"] = prints[setting.way]
+                key = keys(length, seed, setting)
                 if (have := results.get(key)) is None:
                     have = results.put(key, {"told": clip.answers(model, setting)})
                 progress(f"{length}x {setting}", plan.work(length, setting))
@@ -189,6 +188,35 @@ def run(
                     place = {"part": part, "length": length, **dataclasses.asdict(setting), "cache": size}
                     rows += [place | row for row in _compare(clips[:seeds], told, setting)]
     return rows
+
+
+class Keys:
+    """By what answers are known again, key(length, seed, setting); weights of their own belong to it."""
+
+    def __init__(self, models: Mapping[str, AdaCM2Model]):
+        self._weights = {way: fingerprint(model.model) for way, model in models.items() if way}
+
+    def __call__(self, length: int, seed: int, setting: Setting) -> dict:
+        key = {"benchmark": "claims adacm2", "length": length, "seed": seed, "setting": str(setting)}
+        return key | ({"weights": self._weights[setting.way]} if setting.weights == OWN else {})
+
+
+def left(models: Mapping[str, AdaCM2Model], plan: Plan, results: Results) -> int:
+    """The work that `run` has still to do."""
+    keys = Keys(models)
+    return sum(
+        plan.work(length, setting)
+        for length in (plan.lengths if plan.asks else ())
+        for seed in range(plan.seeds)
+        for setting in plan.needed(length, seed)
+        if results.get(keys(length, seed, setting)) is None and (setting != PLAIN or _fits(models[""], plan, length))
+    )
+
+
+def _fits(model: AdaCM2Model, plan: Plan, length: int) -> bool:
+    """Whether a video of this length can be watched without eviction."""
+    frames = len(plan.at(0, length).times(plan.at(0, length).world(0)))
+    return cache_bytes(model, frames, plan.setup.size) <= plan.limit
 
 
 class Clips:

@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
@@ -75,8 +76,8 @@ def run(arguments: argparse.Namespace) -> dict:
         setup = json.loads(json.dumps(dataclasses.asdict(plan.setup)))
         results = Results(arguments.out, {"weights": fingerprint(models[""].model), "setup": setup})
         bars.update(bar, total=len(plan))
-        if plan.asks:
-            say(f"about {_minutes(models[''], plan):.0f} minutes where nothing is answered yet")
+        if left := claims_adacm2.left(models, plan, results):
+            say(f"about {_minutes(models[''], plan, left):.0f} minutes of questions to go")
 
         def told(what: str, count: int) -> None:
             bars.update(bar, description=what, advance=count)
@@ -140,10 +141,8 @@ def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     return Plan(setup, **given, own=tuple(own)), own
 
 
-def _minutes(model, plan: Plan) -> float:
-    """How long the questions take, roughly: the watching, rendering and encoding, as measured on a little of it."""
-    import time
-
+def _minutes(model, plan: Plan, left: int) -> float:
+    """How long the work takes, roughly: watching, rendering and encoding, as measured on a little of each."""
     clip = Clips(dataclasses.replace(plan.setup, examples=plan.setup.questions))
     clip.features(model, [0])  # compiles
     clip.forget()
@@ -151,7 +150,7 @@ def _minutes(model, plan: Plan) -> float:
     clip.features(model, [0])
     made = (time.perf_counter() - start) / len(clip.times)
     videos = plan.seeds * sum(plan.lengths) * -(-plan.setup.examples // plan.setup.questions)
-    return (made * videos * len(clip.times) + seconds_a_frame(model, plan) * len(plan)) / 60
+    return (made * videos * len(clip.times) + seconds_a_frame(model, plan) * left) / 60
 
 
 def _write(found: dict, folder: Path, *, figures: bool) -> None:

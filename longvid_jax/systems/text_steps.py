@@ -53,7 +53,10 @@ def write_answer(
     max_new_tokens: int,
     keep_logits: bool,
 ) -> generate.Generated:
-    """Decodes behind a prompt whose next-token logits [B, V] are given; its first new token stands at start [B]."""
+    """Decodes behind a prompt whose next-token logits [B, V] are given; its first new token stands at start [B].
+
+    The state is the cache, which is consumed: given back, it is updated in place.
+    """
 
     def step(state, tokens):
         cache, at = state
@@ -72,7 +75,7 @@ def write_answer(
         top_p=top_p,
         keep_logits=keep_logits,
     )
-    return out._replace(state=None)
+    return out._replace(state=out.state[0])
 
 
 @partial(jax.jit, static_argnames=("beams", "max_new_tokens"))

@@ -17,10 +17,9 @@ def nothing_stays(monkeypatch):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(("alpha", "beta"), [(0.1, 0.1), (0.5, 0.6)])
-def test_both_are_the_same(tmp_path, alpha, beta):
+def test_both_are_the_same(tmp_path):
     """The same tokens in every layer, outputs to 1e-4, and the same answer from the pixels on."""
-    method = AdaCM2(alpha=alpha, beta=beta, carry_queries=False)
+    method = AdaCM2(alpha=0.5, beta=0.6, carry_queries=False)
     config = bench_adacm2.config_of("quick")
     settings = Settings(video_token=bench_adacm2.IMAGE, image_token=None, stop_tokens=())
     model = AdaCM2Model(bench_adacm2.build(config), settings, method=method)
@@ -51,7 +50,7 @@ def test_the_command(capsys):
 
 def test_without_torch(capsys, monkeypatch):
     monkeypatch.setattr(bench_adacm2.importlib.util, "find_spec", lambda name: None)
-    assert cli.main(["bench", "adacm2", "--quick", "--frames", "16", "--repeats", "1", "--new-tokens", "1"]) == 0
+    assert cli.main(["bench", "adacm2", "--quick", "--frames", "16", "--repeats", "1", "--new-tokens", "2"]) == 0
     said = capsys.readouterr().out
     assert "nothing to compare with" in said and "longvid_jax" in said
 

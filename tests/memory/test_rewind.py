@@ -1,5 +1,6 @@
 """ReWind's cycle against its definition in float64, one row and one frame at a time; its gradients and its cost."""
 
+import dataclasses
 import math
 from functools import partial
 
@@ -14,9 +15,11 @@ from longvid_jax.memory import rewind
 from longvid_jax.memory.frame_selection import density_peaks
 from longvid_jax.models.perceiver import Perceiver, ReadWrite, cycle
 from longvid_jax.train import flops
-from tests.models.rewind_oracle import SMALL, Oracle, randomised
+from tests.models import rewind_oracle
+from tests.models.rewind_oracle import Oracle, randomised
 
 close = partial(np.testing.assert_allclose, atol=1e-5, rtol=0)
+SMALL = dataclasses.replace(rewind_oracle.SMALL, depth=1)  # programs are small, and how layers follow is tested there
 TOKENS, WIDTH, FEATURES, PATCHES = SMALL.num_write, SMALL.width, SMALL.video_width, 5
 LENGTHS = (9, 7, 2, 0)  # frames of the rows of `given`
 
@@ -42,7 +45,7 @@ def watch(networks, memory, features, valid, words, words_valid, *, clip=3, trun
     return rewind.watch(memory, rewind.in_clips(features, valid, clip), *steps, truncate=truncate, remat=remat)
 
 
-def empty(batch, capacity=9):
+def empty(batch, capacity=12):
     return rewind.empty(batch, capacity, TOKENS, WIDTH, jnp.float32)
 
 
@@ -56,7 +59,7 @@ def same(one, other, frames=None, atol=1e-6):
 def test_the_cycle(networks, given, clip):
     """Over several clips: full ones, one that ends early, none at all. Where nothing was written there is nothing."""
     features, valid, words, words_valid = given
-    memory = watch(networks, empty(4, 12), *given, clip=clip)
+    memory = watch(networks, empty(4), *given, clip=clip)
     oracle = Oracle(*networks, SMALL)
     np.testing.assert_array_equal(memory.length, LENGTHS)
     np.testing.assert_array_equal(memory.valid.sum(1), LENGTHS)
@@ -72,24 +75,21 @@ def test_keys_are_projected_once(networks, given):
     memory = watch(networks, empty(4), *given)
     read_write = networks[1]
     normed = read_write.token_norm(memory.tokens)
-    placed = normed + read_write.positions(jnp.arange(9))[:, None]
+    placed = normed + read_write.positions(jnp.arange(12))[:, None]
     seen = np.asarray(memory.valid)
     close(memory.keys[seen], read_write.reading.k(placed)[seen], atol=1e-6)
     close(memory.values[seen], read_write.reading.v(normed)[seen], atol=1e-6)
 
 
 def test_chunking_of_the_stream(networks, given):
-    """Any number of clips at a time, with a memory that grows; one clip at a time in a Python loop, too."""
+    """One clip at a time in a Python loop is all clips at once; the memory may grow in between."""
     features, valid, *words = given
-    whole = watch(networks, empty(4), *given)
-    memory = watch(networks, empty(4, 3), features[:, :3], valid[:, :3], *words)
-    memory = rewind.grow(memory, rewind.room(9, memory.capacity))
-    assert memory.capacity == 12
-    same(watch(networks, memory, features[:, 3:], valid[:, 3:], *words), whole, frames=9)
-    memory = empty(4)
+    whole, memory = watch(networks, empty(4), *given), empty(4, 3)
     for start in (0, 3, 6):
         part = slice(start, start + 3)
         memory = watch(networks, memory, features[:, part], valid[:, part], *words)
+        if memory.capacity == 3:
+            memory = rewind.grow(memory, rewind.room(9, 3))
     same(memory, whole)
 
 
@@ -119,32 +119,36 @@ def test_what_is_not_valid_changes_nothing(networks, given):
     """Whole clips of it, anywhere, and NaN in it."""
     features, valid, *words = given
     memory = watch(networks, empty(4), *given)
-    spread = np.full((4, 15, PATCHES, FEATURES), np.nan, np.float32)
-    there = np.zeros((4, 15), bool)
-    for start, end, place in ((0, 3, 3), (3, 9, 9)):  # clips 1, 3 and 4 of five
-        there[:, place : place + end - start] = valid[:, start:end]
-        spread[:, place : place + end - start] = np.where(
-            valid[:, start:end, None, None], features[:, start:end], np.nan
-        )
-    same(watch(networks, empty(4, 15), spread, there, *words), memory, frames=9)
+    spread = np.full((4, 12, PATCHES, FEATURES), np.nan, np.float32)
+    there = np.zeros((4, 12), bool)
+    for start, end, place in ((0, 3, 0), (3, 9, 6)):  # all but the second of four clips
+        here = slice(place, place + end - start)
+        there[:, here] = valid[:, start:end]
+        spread[:, here] = np.where(valid[:, start:end, None, None], features[:, start:end], np.nan)
+    same(watch(networks, empty(4), spread, there, *words), memory)
 
 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
+def weighted(memory):
+    """A sum over all that is written."""
+    return (memory.tokens * jnp.cos(jnp.arange(memory.tokens.size)).reshape(memory.tokens.shape)).sum()
+
+
 @partial(jax.jit, static_argnames=("truncate", "remat"))
 def gradients(networks, features, valid, words, words_valid, **how):
-    """Of a sum over all that is written, weighted, with respect to networks and features."""
+    """Of what is written, with respect to networks and features; and the memory."""
 
     def loss(networks, features):
         memory = watch(networks, empty(len(features)), features, valid, words, words_valid, **how)
-        return (memory.tokens * jnp.cos(jnp.arange(memory.tokens.size)).reshape(memory.tokens.shape)).sum()
+        return weighted(memory), memory
 
-    return jax.grad(loss, (0, 1))(networks, features)
+    return jax.grad(loss, (0, 1), has_aux=True)(networks, features)
 
 
 def test_gradients_are_the_same_when_computed_anew(networks, given):
-    full, anew = gradients(networks, *given), gradients(networks, *given, remat=True)
+    full, anew = gradients(networks, *given)[0], gradients(networks, *given, remat=True)[0]
     for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(anew), strict=True):
         assert np.isfinite(a).all()
         close(a, b, atol=1e-5 * max(1, np.abs(a).max()))
@@ -155,21 +159,18 @@ def test_gradients_are_the_same_when_computed_anew(networks, given):
 def test_truncated_gradients_stop(networks, given):
     """Nothing flows into clips before a row's last one; it is the gradient with those clips' memory held fixed."""
     features, valid, *words = given
-    assert np.abs(gradients(networks, *given)[1][0, :3]).max() > 0
-    _, of_features = gradients(networks, *given, truncate=1)
+    (_, of_features), memory = gradients(networks, *given, truncate=1)
     last = np.arange(9) >= np.array([6, 6, 0, 0])[:, None]  # the rows' last clips begin there
     np.testing.assert_array_equal(np.abs(of_features).sum((2, 3)) > 0, valid & last)
+    same(memory, watch(networks, empty(4), *given))
 
-    early = watch(networks, empty(4), features[:, :6], valid[:, :6], *words)
-
-    @jax.jit
-    def held(networks, features):
-        memory = watch(networks, early, features, valid[:, 6:], *words)
-        return (memory.tokens * jnp.cos(jnp.arange(memory.tokens.size)).reshape(memory.tokens.shape)).sum()
-
-    expected = jax.grad(held, 1)(networks, features[:, 6:])
+    early = empty(4)
+    for start in (0, 3):
+        part = slice(start, start + 3)
+        early = watch(networks, early, features[:, part], valid[:, part], *words)
+    held = jax.jit(jax.grad(lambda x: weighted(watch(networks, early, x, valid[:, 6:], *words))))
+    expected = held(features[:, 6:])
     close(of_features[:2, 6:], expected[:2], atol=1e-5 * np.abs(expected).max())
-    same(watch(networks, empty(4), *given, truncate=1), watch(networks, empty(4), *given))
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def test_select(networks, given):
     peaks_of = jax.jit(partial(density_peaks, num_neighbors=2, num_select=3))
     scores, (candidates, selected) = select(memory, q)
     for row, length in enumerate(LENGTHS):
-        expected = np.zeros(9)
+        expected = np.zeros(12)
         for head in range(SMALL.heads):
             part = slice(head * 4, head * 4 + 4)
             weights = np.exp(np.float64(memory.keys[row, :length, :, part]) @ np.float64(q[row, head, 0]) / 2)

@@ -111,7 +111,10 @@ def generated(model, given, stops, **how):
     )
     sequences = out.sequences.numpy()
     start = given["input_ids"].shape[1] if sequences.shape[1] > NEW else 0
-    return sequences[:, start:], torch.stack(out.logits, dim=1).numpy()
+    tokens = sequences[:, start:].copy()
+    for row in tokens:  # searching, transformers fills up with a stop token where the padding is token 0
+        row[end(row, stops) :] = 0
+    return tokens, torch.stack(out.logits, dim=1).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -240,9 +243,9 @@ def watching(original, monkeypatch):
         held, sources, drawn = [[] for _ in layers], [[] for _ in layers], [None] * len(layers)
         for index, layer in enumerate(layers):
 
-            def forward(hidden, *_, index=index, layer=layer, **__):
+            def forward(hidden_states, *_, index=index, layer=layer, **__):
                 features = torch.stack(held[index])[None]
-                context, weights = type(layer).forward(layer, hidden, encoder_hidden_states=features)
+                context, weights = type(layer).forward(layer, hidden_states, encoder_hidden_states=features)
                 drawn[index] = weights.double().sum((0, 1, 2)).tolist()
                 return context, weights
 

@@ -1,16 +1,20 @@
 """Both of AdaCM2's steps on the made-up world, in little: the towers, and then what is built on them, frozen."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import longvid_jax as lv
 from longvid_jax import convert
+from longvid_jax.data.facts import FACT_WIDTH
+from longvid_jax.data.packing import Turns, pack
 from longvid_jax.errors import OptionError
 from longvid_jax.models.bert import Bert
 from longvid_jax.models.eva_vit import EvaViT
 from longvid_jax.models.llama import Decoder
 from longvid_jax.models.paths import leaves
-from longvid_jax.train import config, models, tasks
+from longvid_jax.train import config, losses, models, tasks
 from longvid_jax.video.synthetic import World, write_video
 from tests.train.runs import lines, run
 from tests.train.test_loop import assert_same_run, press_once
@@ -63,6 +67,40 @@ def test_the_towers_learn(towers):
         assert line["tokens_per_s"] > 0 and line["grad_norm"] > 0
     assert told[-1]["loss"] < told[0]["loss"]
     assert set(result["evaluation"]) == {"loss", "accuracy", "answers", "best"} and result["evaluation"]["answers"]
+
+
+def test_losses_as_by_hand(towers):
+    """Of hidden words, and of a packed conversation about facts, which is as if it stood alone behind them."""
+    module = convert.from_huggingface(towers[0] / "model")
+    rng = np.random.default_rng(0)
+    ids, hidden = rng.integers(5, 90, (2, 3, 7)).astype(np.int32), rng.random((2, 3, 7)) < 0.4
+    ids[0, 1, 4:], hidden[0, 1, 4:], ids[1, 2], hidden[1, 2] = -1, False, -1, False  # padding, and no question at all
+    total, count, right = jax.jit(losses.hidden_words, static_argnums=3)(module.bert, ids, hidden, 4)
+    shown = np.where(hidden, 4, np.maximum(ids, 0)).reshape(6, 7)
+    outputs, _ = jax.jit(lambda bert, *given: bert(*given))(module.bert, shown, ids.reshape(6, 7) >= 0)
+    logits = np.asarray(outputs, np.float64) @ np.asarray(module.bert.words.embedding[...], np.float64).T
+    each = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.maximum(ids, 0).reshape(6, 7, 1), -1)[..., 0]
+    hidden = hidden.reshape(6, 7)
+    assert (float(count), float(right)) == (hidden.sum(), (logits.argmax(-1) == ids.reshape(6, 7))[hidden].sum())
+    assert float(total) == pytest.approx(each[hidden].sum(), rel=1e-5)
+
+    turns = [Turns((), (7, 8, 9, 10), (False, False, True, True)), Turns((), (11, 12, 13), (False, True, True))]
+    packed = pack(turns, (5, 1, 1), 16, video_token=3)
+    facts = rng.normal(size=(1, 5, FACT_WIDTH)).astype(np.float32)
+    batch = {name: array[None] for name, array in packed.items()} | {"facts": facts}
+    batch["positions"] = batch["positions"][..., :1]
+    ours = np.asarray(jax.jit(losses.fact_tokens)(module, batch)[0])[0]
+
+    @jax.jit
+    def alone(module, ids):
+        x = jnp.concatenate([module.told(facts), module.text.embed(ids[None])], axis=1)
+        positions = jnp.arange(x.shape[1])[None, :, None]
+        return module.text.logits(module.text(x, positions, jnp.ones(x.shape[:2], bool))[0])[0]
+
+    for n, turn in enumerate(turns, 1):
+        logits = np.asarray(alone(module, np.array(turn.ids)), np.float64)[5:-1]
+        expected = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(logits)), turn.ids[1:]]
+        np.testing.assert_allclose(ours[packed["groups"] == n][:-1], expected, atol=1e-4)
 
 
 def test_the_towers_load_by_part(towers):
