@@ -132,7 +132,9 @@ def _ask_arguments(ask: argparse.ArgumentParser) -> None:
     )
     ask.add_argument("--dtype", choices=DTYPES, help="of the weights (default: by device)")
     ask.add_argument("--check", action="store_true", help="refuse weights with NaN or infinity in them")
-    ask.add_argument("--plot", metavar="FILE.png", help="write a timeline of what was seen and kept")
+    ask.add_argument(
+        "--plot", metavar="FILE.png", help="write a figure of what was seen and kept (for the first question)"
+    )
 
     sampling = ask.add_argument_group("which frames")
     sampling.add_argument("--fps", type=float, metavar="F", help="sampled frames a second (default: 2)")

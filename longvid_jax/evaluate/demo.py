@@ -26,7 +26,7 @@ class Show:
     """What is shown of a system, and with which model.
 
     model: of the assets. trained: seconds of the longest videos that it was trained on. seconds: of the video. says:
-    how little it answers from. families: that the model was taught and can answer.
+    how little it answers from. families: that the model was taught and can answer. drawn: what is in the figure.
     """
 
     title: str
@@ -36,6 +36,7 @@ class Show:
     seconds: float
     says: str
     families: tuple[str, ...] = tuple(FAMILIES)
+    drawn: str = "what was seen and what was kept"
 
 
 SHOWS = {
@@ -53,7 +54,9 @@ SHOWS = {
         model="adacm2_world",
         trained=16,
         seconds=64.0,
-        says="After each frame it forgets what the question draws least attention to, so that its cache does not grow.",
+        says="After each frame it forgets what the question draws least attention to, so that its cache stays small.",
+        drawn="what was seen and, for the first question, what was kept",
+        families=tuple(family for family in FAMILIES if family != "caption"),  # which it was not taught
     ),
 }
 LEVEL, SPLIT = "clear", "test"  # a split that the model has never seen
@@ -172,7 +175,7 @@ def report(result: dict) -> str:
         f"Cache without {show.title}    {_megabytes(plain['cache_bytes'])}  ({_a_layer(plain)} tokens a layer)",
         f"Cache with {show.title}       {_megabytes(trace['cache_bytes'])}  ({_a_layer(trace)} tokens a layer)",
         "",
-        f"{result['timeline']} shows what was seen and what was kept; --seed N makes another video.",
+        f"{result['timeline']} shows {show.drawn}; --seed N makes another video.",
     ]
     return "\n".join(lines)
 

@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from longvid_jax.convert.settings import Settings
-from longvid_jax.data import chat
 from longvid_jax.errors import InstructionError, OptionError, PromptError, VideoWarning
 from longvid_jax.memory import adacm2
 from longvid_jax.memory.state import AdaCM2Memory, Waiting
@@ -21,11 +20,11 @@ from longvid_jax.models.instructblip import InstructBlip
 from longvid_jax.systems import adacm2_steps as steps
 from longvid_jax.systems import text_steps
 from longvid_jax.systems.base import MAX_NEW_TOKENS, VideoModel
+from longvid_jax.systems.query_prompts import QueryPrompts
 from longvid_jax.systems.results import AdaCM2Trace, Answer, Output
 from longvid_jax.video import Video, preprocess
 
 WINDOW = 16  # frames that a step takes in
-TEXT_BUCKET = 16  # prompts are padded to this many tokens times a power of two, so that few lengths are compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +92,7 @@ class AdaCM2Model(VideoModel):
         """words: the Q-Former's tokenizer."""
         super().__init__(model, settings, method=method, tokenizer=tokenizer, mesh=mesh)
         self.words = words
+        self._prompts = QueryPrompts(model.config, settings.video_token, tokenizer, words)
         choices, config = method or PLAIN, model.config
         self.policy = choices.policy(config.qformer.cross_layers)
         carry = choices.carry_queries
@@ -144,7 +144,7 @@ class AdaCM2Model(VideoModel):
             videos = [video] if isinstance(video, Video) else list(video)
             if len(videos) not in (1, len(instructions)):
                 raise OptionError(f"{len(instructions)} questions for {len(videos)} videos: give one question a video.")
-        return self._begin(*self._prompts(instructions))
+        return self._begin(*self._prompts.asking(instructions))
 
     def _begin(self, instruction: np.ndarray | None, ids: np.ndarray, places: np.ndarray) -> AdaCM2Memory:
         batch = len(ids)
@@ -279,14 +279,8 @@ class AdaCM2Model(VideoModel):
             raise PromptError(
                 f"frame_mask must be [{batch}, {length}], true for a frame or more of each row and false behind them."
             )
-        prompts = _given_rows("input_ids", input_ids, "attention_mask", attention_mask, batch)
-        instruction = None
-        if self.model.config.qformer.words:
-            told = _given_rows(
-                "qformer_input_ids", qformer_input_ids, "qformer_attention_mask", qformer_attention_mask, batch
-            )
-            instruction = self._instruction([row.tolist() for row in told])
-        memory = self._begin(instruction, *self._given_prompts(prompts))
+        given = (input_ids, attention_mask), (qformer_input_ids, qformer_attention_mask)
+        memory = self._begin(*self._prompts.given(*given, batch))
         patch = self.model.config.vision.patch
         grid = np.array(pixels.shape[3:]) // patch
         if (grid * patch != pixels.shape[3:]).any():
@@ -308,7 +302,7 @@ class AdaCM2Model(VideoModel):
 
     def _answer(self, memory: AdaCM2Memory, instructions: list[str] | None, **decoding) -> Answer:
         if instructions is not None:
-            instruction, ids, places = self._prompts(instructions)
+            instruction, ids, places = self._prompts.asking(instructions)
             if instruction is not None and not np.array_equal(instruction, memory.instruction):
                 raise InstructionError(
                     "This memory was watched with the question it began with in mind; begin() and watch again to ask "
@@ -381,51 +375,8 @@ class AdaCM2Model(VideoModel):
             times=memory.times,
         )
 
-    # --- prompts ------------------------------------------------------------------------------------------------------
-
-    def _prompts(self, instructions: Sequence[str]) -> tuple[np.ndarray | None, np.ndarray, np.ndarray]:
-        """Instructions as the Q-Former's tokens [B, S], and the decoder's prompts: ids and places [B, N]."""
-        told = None
-        if self.model.config.qformer.words:
-            told = self._instruction([self._told(text) for text in instructions])
-        rows = [
-            chat.queries_prompt(self.tokenizer, text, self.settings.video_token, self.model.config.num_queries)
-            for text in instructions
-        ]
-        ids, places = zip(*rows, strict=True)
-        return told, _padded(ids), _padded(places)
-
-    def _told(self, text: str) -> list[int]:
-        if self.words is None:
-            raise PromptError(
-                "The checkpoint has no tokenizer for its Q-Former; put its files in qformer_tokenizer/ beside "
-                "config.json, or call generate() with qformer_input_ids."
-            )
-        return self.words(text)["input_ids"]
-
-    def _instruction(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
-        """Instructions as the Q-Former's tokens [B, S], which are not too long for it."""
-        limit = self.model.config.qformer.max_length
-        if (longest := max(map(len, rows))) > limit:
-            raise PromptError(f"The question has {longest} tokens, but the Q-Former reads {limit}; shorten it.")
-        return _padded(rows, limit)
-
-    def _given_prompts(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts int [N] with tokens for the queries, or without: ids and places [B, N]."""
-        count, token = self.model.config.num_queries, self.settings.video_token
-        rows, places = [], []
-        for row in prompts:
-            here = row == token if token is not None else np.zeros(row.shape, bool)
-            if not here.any():
-                row, here = np.concatenate([np.zeros(count, int), row]), np.arange(count + len(row)) < count
-            if here.sum() != count:
-                raise PromptError(f"input_ids holds the image token {here.sum()} times, but there are {count} queries.")
-            rows.append(np.where(here, 0, row).tolist())
-            places.append(np.where(here, np.cumsum(here) - 1, -1).tolist())
-        return _padded(rows), _padded(places)
-
     def _check_question(self, text: str, *, max_new_tokens: int = MAX_NEW_TOKENS, **_) -> None:
-        _, ids, _ = self._prompts([text])
+        _, ids, _ = self._prompts.asking([text])
         limit, length = self.model.config.text.rope.original_length, int((ids >= 0).sum())
         if length + max_new_tokens > limit:
             raise PromptError(
@@ -447,24 +398,3 @@ class AdaCM2Model(VideoModel):
             raise OptionError(
                 "num_beams above 1 and min_new_tokens above 0 search for the likeliest answer; leave temperature at 0."
             )
-
-
-def _given_rows(name: str, ids, mask_name: str, mask, batch: int) -> list[np.ndarray]:
-    """The tokens int [N] of each row of ids [B, N] that mask [B, N] (None: all) leaves."""
-    ids = np.zeros(0) if ids is None else np.asarray(ids)
-    if ids.ndim != 2 or len(ids) != batch:
-        raise PromptError(f"{name} must hold a row for each of the {batch} videos of pixel_values.")
-    mask = np.ones(ids.shape, bool) if mask is None else np.asarray(mask, bool)
-    if mask.shape != ids.shape:
-        raise PromptError(f"{mask_name} has the shape {list(mask.shape)}, but {name} {list(ids.shape)}.")
-    return [row[keep] for row, keep in zip(ids, mask, strict=True)]
-
-
-def _padded(rows: Sequence[Sequence[int]], limit: int | None = None) -> np.ndarray:
-    """int32 [B, N] of rows of different lengths, -1 behind their end, N one of few lengths up to a limit."""
-    longest = max(1, *map(len, rows))
-    length = TEXT_BUCKET * (1 << (-(-longest // TEXT_BUCKET) - 1).bit_length())
-    padded = np.full((len(rows), length if limit is None else min(length, limit)), -1, np.int32)
-    for row, values in zip(padded, rows, strict=True):
-        row[: len(values)] = values
-    return padded

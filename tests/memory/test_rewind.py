@@ -26,7 +26,8 @@ LENGTHS = (9, 7, 2, 0)  # frames of the rows of `given`
 
 @pytest.fixture(scope="module")
 def networks():
-    return randomised(Perceiver(SMALL, rngs=nnx.Rngs(0))), randomised(ReadWrite(SMALL, rngs=nnx.Rngs(0)), 1)
+    perceiver = randomised(lambda: Perceiver(SMALL, rngs=nnx.Rngs(0)))
+    return perceiver, randomised(lambda: ReadWrite(SMALL, rngs=nnx.Rngs(0)), 1)
 
 
 @pytest.fixture
@@ -73,12 +74,16 @@ def test_the_cycle(networks, given, clip):
 def test_keys_are_projected_once(networks, given):
     """What is stored is what would be projected from the tokens anew, each at its place in the video."""
     memory = watch(networks, empty(4), *given)
-    read_write = networks[1]
-    normed = read_write.token_norm(memory.tokens)
-    placed = normed + read_write.positions(jnp.arange(12))[:, None]
+
+    @jax.jit
+    def project(read_write, tokens):
+        normed = read_write.token_norm(tokens)
+        placed = normed + read_write.positions(jnp.arange(12))[:, None]
+        return read_write.reading.k(placed), read_write.reading.v(normed)
+
     seen = np.asarray(memory.valid)
-    close(memory.keys[seen], read_write.reading.k(placed)[seen], atol=1e-6)
-    close(memory.values[seen], read_write.reading.v(normed)[seen], atol=1e-6)
+    for stored, anew in zip((memory.keys, memory.values), project(networks[1], memory.tokens), strict=True):
+        close(np.asarray(stored)[seen], np.asarray(anew)[seen], atol=1e-6)
 
 
 def test_chunking_of_the_stream(networks, given):
@@ -227,8 +232,7 @@ def test_select(networks, given):
     """Scores against a softmax written out; candidates the best of them, and of those the density peaks."""
     memory = watch(networks, empty(4), *given)
     perceiver, read_write = networks
-    instruction = perceiver.instruct(*given[2:])
-    q = read_write.queries(instruction.pooled[:, None])
+    q = jax.jit(lambda *words: read_write.queries(perceiver.instruct(*words).pooled[:, None]))(*given[2:])
     select = jax.jit(partial(rewind.select, num_candidates=5, num_select=3, num_neighbors=2))
     peaks_of = jax.jit(partial(density_peaks, num_neighbors=2, num_select=3))
     scores, (candidates, selected) = select(memory, q)

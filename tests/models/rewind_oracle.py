@@ -6,6 +6,7 @@ Only what is real comes in: the frames that there are, the words of the instruct
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from longvid_jax.models.paths import leaves
@@ -16,12 +17,13 @@ SMALL = PerceiverConfig(
 )
 
 
-def randomised(module, seed: int = 0):
-    """The module with no parameter at its usual initial value."""
+def randomised(make, seed: int = 0):
+    """The module that make() gives, with no parameter at its usual initial value."""
     rng = np.random.default_rng(seed)
-    flat, structure = jax.tree.flatten(module)
+    flat, structure = jax.tree.flatten(jax.eval_shape(make))
     around = ((0.6, 0.3), (0.0, 0.3))  # scales, biases and open gates; kernels
-    return jax.tree.unflatten(structure, [np.float32(rng.normal(*around[x.ndim > 1], x.shape)) for x in flat])
+    values = [jnp.asarray(rng.normal(*around[len(x.shape) > 1], x.shape), jnp.float32) for x in flat]
+    return jax.tree.unflatten(structure, values)
 
 
 def parameters(module) -> dict[str, np.ndarray]:

@@ -60,8 +60,8 @@ def rng():
 
 def networks(**changes):
     config = dataclasses.replace(SMALL, **changes)
-    perceiver = randomised(Perceiver(config, rngs=nnx.Rngs(0)))
-    memory = randomised(ReadWrite(config, rngs=nnx.Rngs(0)), 1)
+    perceiver = randomised(lambda: Perceiver(config, rngs=nnx.Rngs(0)))
+    memory = randomised(lambda: ReadWrite(config, rngs=nnx.Rngs(0)), 1)
     return perceiver, memory, Oracle(perceiver, memory, config)
 
 
@@ -108,7 +108,7 @@ def test_perceive_without_an_instruction(rng):
 
 
 def test_the_instruction_changes_no_patch_before_training(rng):
-    perceiver = Perceiver(SMALL, rngs=nnx.Rngs(0))
+    perceiver = jax.jit(lambda: Perceiver(SMALL, rngs=nnx.Rngs(0)))()
     features, numbers, valid, words, words_valid = given(rng)
     _, out = perceive(perceiver, features, numbers, valid, words, words_valid)
     _, without = perceive(perceiver, features, numbers, valid)
@@ -141,7 +141,7 @@ def test_write(rng, num_frames):
 def test_contrast(rng):
     contrast = Contrast(SMALL, 7, rngs=nnx.Rngs(0))
     assert (float(contrast.temperature[0]), float(contrast.offset[0])) == (pytest.approx(math.log(10)), -10)
-    contrast = randomised(contrast)
+    contrast = randomised(lambda: Contrast(SMALL, 7, rngs=nnx.Rngs(0)))
     perceived, first, valid = normal(rng, 2, 3, 4, 12), normal(rng, 2, 6), np.array([[1, 1, 0], [1, 1, 1]], bool)
     p = parameters(contrast)
     for row, seen in enumerate((perceived[0, :2], perceived[1])):
@@ -204,8 +204,7 @@ def test_every_parameter_has_a_tensor_and_a_sharding(changes):
 
 @pytest.fixture(scope="module")
 def model():
-    made = jax.jit(lambda: Rewind(RewindConfig.from_huggingface(CONFIG), rngs=nnx.Rngs(0)))()
-    return randomised(made)
+    return randomised(lambda: Rewind(RewindConfig.from_huggingface(CONFIG), rngs=nnx.Rngs(0)))
 
 
 def test_saved_and_loaded(model, tmp_path, rng):
@@ -252,7 +251,7 @@ def test_what_the_parts_make(model, rng):
 
 def test_bfloat16(rng):
     """Everything stays as narrow as the parameters."""
-    narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), Perceiver(SMALL, rngs=nnx.Rngs(0)))
+    narrow = jax.eval_shape(lambda: Perceiver(SMALL, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     features, numbers, valid, words, words_valid = given(rng)
     queries, out = jax.eval_shape(
         perceive, narrow, features.astype(jnp.bfloat16), numbers, valid, words.astype(jnp.bfloat16), words_valid

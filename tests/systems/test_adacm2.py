@@ -70,14 +70,14 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (45, 28, 28, 3), dtype=np.uint8)
 
 
-def batch_of(videos, window):
-    """Windows of several videos [T, H, W, 3] side by side, blank behind the end of each."""
+def batch_of(videos, window, first=0):
+    """Windows of several videos [T, H, W, 3] side by side, blank behind the end of each; first: a frame's number."""
     for start in range(0, max(map(len, videos)), window):
         rows = [video[start : start + window] for video in videos]
         width = max(map(len, rows))
         padded = [np.pad(row, ((0, width - len(row)),) + ((0, 0),) * 3) for row in rows]
         valid = np.stack([np.arange(width) < len(row) for row in rows])
-        times = np.broadcast_to(np.float32(np.arange(start, start + width) / 2), valid.shape)
+        times = np.broadcast_to(np.float32((first + np.arange(start, start + width)) / 2), valid.shape)
         yield lv.Frames(np.stack(padded), times, valid)
 
 
@@ -215,7 +215,7 @@ def test_watching_goes_on_after_answering(load, pixels):
     memory = watch(model, QUESTIONS[0], [pixels[:21]])
     first = [model.answer(memory, max_new_tokens=4) for _ in range(2)]
     fresh = model.answer(watch(model, QUESTIONS[0], [pixels[:21]]), max_new_tokens=4)
-    for frames in batch_of([pixels[21:]], 6):
+    for frames in batch_of([pixels[21:]], 6, first=21):
         memory = model.watch(memory, frames)
     later = model.answer(memory, max_new_tokens=4)
     same(model.finish(memory), model.finish(watch(model, QUESTIONS[0], [pixels])))

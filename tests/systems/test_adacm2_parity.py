@@ -132,7 +132,7 @@ def same(out, tokens, logits, counts):
         np.testing.assert_allclose(out.logits[row, :count], logits[row, :count], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("choices", [{}, {"alpha": 0.1, "beta": 0.1}, {"alpha": 0.3, "beta": 1.0}], ids=str)
+@pytest.mark.parametrize("choices", [{}, {"alpha": 0.1, "beta": 0.1}], ids=str)
 @pytest.mark.parametrize("layout", ["processor", "left", "words"])
 def test_one_frame_is_transformers(load, greedy, layout, choices):
     """The first frame is seen whole, whatever then stays of it; prompts and instructions of different lengths."""
@@ -209,26 +209,24 @@ def said(original, videos, row, outputs):
         return original.language_model(inputs_embeds=x).logits[0, -1].numpy()
 
 
-@pytest.mark.parametrize("places", [None, PLACES], ids=["no positions", "positions"])
-def test_where_nothing_is_evicted_it_looks_at_all_frames(original, load, videos, places):
-    """alpha = beta = 1, and the plain model: transformers' Q-Former looks at the features of all frames at once."""
-    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    for choices in ({}, {"alpha": 1.0, "beta": 1.0}, {"alpha": 0.2, "beta": 1.0, "capacity": 19 * TOKENS}):
-        model = load(**choices)
-        if places is not None:
-            model = type(model)(with_positions(model.model, places), model.settings, method=model.method)
-        out = model.generate(**videos, frame_mask=mask, max_new_tokens=1)
-        for row in range(3):
-            features = seen(original, videos, row, places).flatten(0, 1)[None]
-            with torch.no_grad():
-                outputs = original.qformer(
-                    input_ids=instruction(videos, row),
-                    query_embeds=original.query_tokens,
-                    encoder_hidden_states=features,
-                ).last_hidden_state[:, : blip.QUERIES]
-            expected = said(original, videos, row, outputs)
-            np.testing.assert_allclose(out.logits[row, 0], expected, atol=1e-4, rtol=0)
-        assert (np.asarray(out.trace.length) == np.array(LENGTHS) * TOKENS).all()
+@pytest.mark.parametrize(("choices", "places"), [({}, None), ({"alpha": 1.0, "beta": 1.0}, PLACES)], ids=str)
+def test_where_nothing_is_evicted_it_looks_at_all_frames(original, load, videos, choices, places):
+    """The plain model, and alpha = beta = 1: transformers' Q-Former looks at the features of all frames at once."""
+    mask, model = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None], load(**choices)
+    if places is not None:
+        model = type(model)(with_positions(model.model, places), model.settings, method=model.method)
+    out = model.generate(**videos, frame_mask=mask, max_new_tokens=1)
+    for row in range(3):
+        features = seen(original, videos, row, places).flatten(0, 1)[None]
+        with torch.no_grad():
+            outputs = original.qformer(
+                input_ids=instruction(videos, row),
+                query_embeds=original.query_tokens,
+                encoder_hidden_states=features,
+            ).last_hidden_state[:, : blip.QUERIES]
+        expected = said(original, videos, row, outputs)
+        np.testing.assert_allclose(out.logits[row, 0], expected, atol=1e-4, rtol=0)
+    assert (np.asarray(out.trace.length) == np.array(LENGTHS) * TOKENS).all()
 
 
 @pytest.fixture
@@ -272,8 +270,7 @@ def watching(original, monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("carry", [False, True])
-@pytest.mark.parametrize(("alpha", "beta"), [((0.1, 0.1), (0.1, 0.1)), ((0.5, 0.2), (0.5, 0.4))])
+@pytest.mark.parametrize(("alpha", "beta", "carry"), [((0.1, 0.1), (0.1, 0.1), False), ((0.5, 0.2), (0.5, 0.4), True)])
 def test_algorithm_1_on_transformers_own_networks(original, load, videos, watching, alpha, beta, carry):
     """The same tokens stay in each layer of each row, and the logits agree: 19, 3 and 17 frames side by side."""
     mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]

@@ -136,7 +136,7 @@ def test_no_two_parameters_share_a_buffer(towers):
             "has no layers/00/cross.* needs as qformer/",
         ),
         ({"to": "qformer", "part": "bert"}, CheckpointError, "has no layers/00/.*; see config.parts"),
-        ({"part": "bert"}, CheckpointError, "has no patch_embed/kernel, which this model needs as vision/patch_embed/"),
+        ({"part": "bert"}, CheckpointError, "has no blocks/.*, which this model needs as vision/blocks/"),
     ],
 )
 def test_what_does_not_fit(towers, part, error, fault):
@@ -216,5 +216,6 @@ def test_spread_over_a_mesh(world_towers, built):
     mesh = make_mesh(fsdp=2, devices=jax.devices()[:2])
     _, spread = models.build(settings(world_towers[0], frame_positions={"count": 6, "initial": "waves"}), mesh)
     assert all(len(leaf.value.sharding.device_set) == 2 for leaf in leaves(spread))
+    after = arrays(spread)
     for path, array in arrays(built[1]).items():
-        np.testing.assert_array_equal(arrays(spread)[path], array, err_msg=path)
+        np.testing.assert_allclose(after[path], array, atol=1e-6, err_msg=path)
