@@ -114,8 +114,8 @@ class Plan:
         wanted = {
             "accuracy": [PLAIN, *(main[way] for way in TRAINABLE)],
             "paper": [Setting(way, *TENTH) for way in TRAINABLE],
-            "carried": [main["carried"]],
-            "shared": [main["shared"]] if length <= SHORT else [],
+            "carried": [main["carried"]] if "carried" in main else [],
+            "shared": [main["shared"]] if length <= SHORT and "shared" in main else [],
             "prompt": [main[way] for way in (GENERIC, "empty", "generic memory") if way in main],
         }
         for part, settings in wanted.items():

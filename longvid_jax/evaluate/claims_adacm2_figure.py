@@ -82,7 +82,9 @@ def accuracy(found: dict, path: Path) -> Path:
             line[0].yaxis.set_major_formatter(PercentFormatter(1, 0))
     for axes in grid[-1]:
         axes.set_xlabel("times the trained length", fontsize=7.5, color=INK)
-    figure.legend(labels.values(), labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    figure.legend(
+        labels.values(), labels, loc="outside lower center", ncols=min(3, 1 + len(groups)), fontsize=7, frameon=False
+    )
     figure.savefig(path, dpi=200)
     return path
 
