@@ -51,7 +51,7 @@ def load(
     weights = convert.open_weights(source, revision)
     if (name := convert.architecture(weights.config)) not in SYSTEMS:
         raise CheckpointError(
-            f"{weights.name} is a {name} model, which cannot watch videos; give one of {', '.join(SYSTEMS)}."
+            f"{weights.name} is a {name} model, with no vision tower that watches; give one of {', '.join(SYSTEMS)}."
         )
     kind, system = SYSTEMS[name]
     if method is not None and not isinstance(method, kind):
