@@ -1,4 +1,4 @@
-"""Questions about long videos, answered in JAX: ReTaKe on Qwen2-VL; importing this package imports nothing heavy."""
+"""Questions about long videos, answered in JAX: ReTaKe and AdaCM2; importing this package imports nothing heavy."""
 
 import importlib
 
