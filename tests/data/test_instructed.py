@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from longvid_jax.data.batches import Example, endless
 from longvid_jax.data.chat import QUERIES_FIRST_TEMPLATE, QWEN2_VL_TEMPLATE, queries_prompt
-from longvid_jax.data.instructed import InstructedBatches, conversation
+from longvid_jax.data.instructed import STEP, InstructedBatches, conversation
 from longvid_jax.data.tokenizer import bert_tokenizer, world_tokenizer
 from longvid_jax.data.world import WorldSource
 from longvid_jax.errors import DataError, OptionError, PromptError, VideoError
@@ -142,7 +142,7 @@ def test_what_a_batch_holds(make, world):
         empty = slice(len(one.conversations), None)
         assert all((arrays[name][row, empty] == -1).all() for name in ("words", "tokens", "places"))
         assert (groups[empty] == -1).all() and not arrays["weights"][row, empty].any()
-    assert read == -(-longest // 8) * 8
+    assert read == -(-longest // STEP) * STEP
     assert {one.offset > 0 for one in batch.examples} == {True, False}
     assert {name: array.dtype for name, array in arrays.items()} == {
         **dict.fromkeys(("words", "tokens", "places", "targets", "groups", "number"), np.dtype(np.int32)),
@@ -203,7 +203,7 @@ def test_processes_share_a_batch(make):
 
 def test_without_a_q_former_that_reads(llama):
     batch = InstructedBatches([example("a")], llama, None, None, 1, frames=(4,), text=(16,), queries=2, reads=512)[0]
-    assert batch.arrays["words"].tolist() == [[[-1] * 8]]
+    assert batch.arrays["words"].tolist() == [[[-1] * STEP]]
     assert batch.arrays["tokens"][0, 0].tolist() == [0, 0, 1, 3, 4, 5, 6, 7, 8, 2, *[-1] * 6]
 
 
