@@ -42,9 +42,9 @@ def evaluate(monkeypatch):
 
     monkeypatch.setitem(tasks.TASKS, "known", tasks.Task(lambda *_, **__: Known(), None, tokens))
     config = base()
-    config.eval.batches = 3
+    config.eval.batches, config.eval.task = 3, "known"
     structure, state = init(Linear(2, 2, bias=False, dtype=jnp.float32, rngs=nnx.Rngs(0)), optax.sgd(0.1))
-    made = evaluation.Evaluation(config, None, structure, task="known")
+    made = evaluation.Evaluation(config, None, structure)
     return lambda: made(state)
 
 
