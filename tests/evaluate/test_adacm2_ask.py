@@ -29,6 +29,7 @@ def frames(pixels, times):
 def test_questions_side_by_side_are_answered_as_each_alone(checkpoint, name, monkeypatch):
     """By model.ask, which watches once, and in an evaluation, whose batches are not full."""
     monkeypatch.setattr(world, "TOGETHER", 3)
+    monkeypatch.setattr(world, "ANSWERED", 3)
     monkeypatch.setattr(world, "MAX_NEW_TOKENS", TOKENS)
     model, (worlds, asked) = lv.load(checkpoint, method=METHODS[name]), world.ask(SETUP)
     times = SETUP.times(worlds[0])

@@ -209,7 +209,9 @@ def said(original, videos, row, outputs):
         return original.language_model(inputs_embeds=x).logits[0, -1].numpy()
 
 
-@pytest.mark.parametrize(("choices", "places"), [({}, None), ({"alpha": 1.0, "beta": 1.0}, PLACES)], ids=str)
+@pytest.mark.parametrize(
+    ("choices", "places"), [({}, None), ({"alpha": 1.0, "beta": 1.0}, PLACES)], ids=["plain", "ones"]
+)
 def test_where_nothing_is_evicted_it_looks_at_all_frames(original, load, videos, choices, places):
     """The plain model, and alpha = beta = 1: transformers' Q-Former looks at the features of all frames at once."""
     mask, model = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None], load(**choices)
