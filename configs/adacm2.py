@@ -90,7 +90,6 @@ def _world(config, variant: str):
     config.optim.floor = 0.02
     # Nothing is forgotten while it learns, so that one look at all frames does for a look after each.
     config.adacm2.alpha = config.adacm2.beta = 1.0
-    config.adacm2.stop_gradient = True
     config.remat = "none"
     config.frame_positions.initial = "waves"
     if variant == "smoke":

@@ -17,6 +17,7 @@ os.environ.update(
 )
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 # What a shell starts in the background ignores Ctrl-C, and so would all programs that tests start and interrupt.
@@ -30,6 +31,14 @@ _left_out: Counter[tuple[str, str]] = Counter()
 
 # A setting of jax and not XLA_FLAGS, which programs started by tests would inherit: a user has one CPU device.
 jax.config.update("jax_num_cpu_devices", DEVICES)
+
+# Most of the tests' time is that of XLA's compiler, whose backend is told to hurry: LONGVID_TEST_OPTIMIZED=1 tests what
+# users run, in twice the time. XLA reads its flags once, and programs that tests start are a user's.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes --xla_cpu_use_fusion_emitters=false"
+with pytest.MonkeyPatch.context() as patch:
+    if os.environ.get("LONGVID_TEST_OPTIMIZED") != "1":
+        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}")
+    jnp.zeros(1).block_until_ready()
 
 
 def pytest_sessionstart() -> None:
@@ -45,6 +54,13 @@ def pytest_runtest_protocol(item: pytest.Item):
     """
     with jax.default_matmul_precision("default" if item.get_closest_marker("tpu_compile") else "highest"):
         return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs():
+    """Those of a file go with it: all of them together need more memory mappings than Linux gives a process."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

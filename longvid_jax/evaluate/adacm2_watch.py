@@ -54,7 +54,7 @@ def outputs(
     memory_text int32 [M, S]: what all frames but the last are watched with, None: text. No queries are carried where M
     is V. The rows of a video stand side by side.
     """
-    if not any(adacm2.ratio(*pair) < 1 for pair in zip(policy.alpha, policy.beta, strict=True)) and not carry_queries:
+    if policy.keeps_all and not carry_queries:
         return look_at_all(model, features, text)
     memory_text = text if memory_text is None else memory_text
     if policy.scores in BLIND and not carry_queries:
@@ -143,8 +143,8 @@ def look_at_all(model: InstructBlip, features: jax.Array, text: jax.Array) -> ja
 def answers(model: AdaCM2Model, seen: jax.Array, ids: np.ndarray, places: np.ndarray, max_new_tokens: int) -> list[str]:
     """What the decoder says, greedily, to prompts (ids and places [B, N]) with the queries' outputs [B, Q, width]."""
     decoder = model.model.text
-    room = ids.shape[1] + max_new_tokens
-    cache, logits = text_steps.read_prompt(decoder, ids, places, steps.project(model.model, seen), capacity=room)
+    cache = text_steps.new_cache(decoder, batch=len(ids), capacity=ids.shape[1] + max_new_tokens)
+    cache, logits = text_steps.read_prompt(decoder, cache, ids, places, steps.project(model.model, seen))
     out = text_steps.write_answer(
         decoder,
         cache,

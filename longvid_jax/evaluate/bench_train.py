@@ -37,11 +37,12 @@ def run(arguments: argparse.Namespace) -> dict:
     if not 0 <= number < len(config.stages):
         raise OptionError(f"--stage is {number}, but {arguments.config} has the stages 0 to {len(config.stages) - 1}.")
     model, module = models.build(config)
-    batches, task = Curriculum(config, model).of_stages[number], config.stages[number].task
-    count = min(arguments.steps, config.stages[number].steps - 1)
+    curriculum = Curriculum(config, model)
+    batches, task = curriculum.of_stages[number], config.stages[number].task
+    count = min(arguments.steps, curriculum.counts[number] - 1)
     if count < 1:
         raise OptionError(f"stage {number} of {arguments.config} has a single step; choose another one.")
-    update, schedule = optimizer.make(configs.plain(config.optim), sum(stage.steps for stage in config.stages))
+    update, schedule = optimizer.make(curriculum.optim, len(curriculum))
     structure, state = init(
         module, update, models.trainable(config), tuple(config.frozen), compute_dtype=jnp.dtype(config.compute_dtype)
     )

@@ -212,6 +212,8 @@ def _together(model: AdaCM2Model, worlds, asked: Sequence[Asked], times, size, p
     """The same for AdaCM2: each world is watched once, side by side for all its questions."""
     prompts = model.begin([one.text for one in asked])
     told: list[str] = [""] * len(asked)
+    patch = model.model.config.vision.patch
+    model.warn_of_positions([side // patch for side in size], 0, max(len(times(worlds[one.video])) for one in asked))
     for group in _groups(worlds, asked, times):
         features = [adacm2_watch.encode(model, worlds[asked[here[0]].video].render(when, size)) for here, when in group]
         here = np.array([questions for questions, _ in group]).ravel()

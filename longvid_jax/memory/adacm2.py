@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from einops import rearrange
 
 from longvid_jax.errors import OptionError
-from longvid_jax.ops.attention import Keys, attend_counted
+from longvid_jax.ops.attention import Keys, attend, attend_counted
 from longvid_jax.ops.topk import compact, ranks
 
 SCORES = ("attention", "shared", "random", "recent")
@@ -57,6 +58,11 @@ class Policy:
     def evicts(self) -> bool:
         """Whether anything is ever dropped in every layer, so that the cache is bounded."""
         return all(ratio(a, b) < 1 for a, b in zip(self.alpha, self.beta, strict=True))
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether nothing is ever dropped in any layer."""
+        return not any(ratio(a, b) < 1 for a, b in zip(self.alpha, self.beta, strict=True))
 
 
 def ratio(alpha: float, beta: float) -> float:
@@ -232,6 +238,9 @@ def watch(
     stop_gradient: none flows through the cache nor the carried queries from later frames. remat: a frame's activations
     are computed anew for the gradient. random: a key, for a policy with random scores.
     """
+    if policy.keeps_all and not carry_queries:
+        look = partial(_look_once, ask=ask, stop_gradient=stop_gradient)
+        return (jax.checkpoint(look) if remat else look)(cache, queries, window, learned)
 
     def frame(state, xs: Window):
         cache, outputs = state
@@ -252,6 +261,49 @@ def watch(
 
     frame = jax.checkpoint(frame) if remat else frame
     return jax.lax.scan(frame, (cache, queries), window)[0]
+
+
+def _look_once(
+    cache: VideoCache, outputs: jax.Array, window: Window, learned: jax.Array, *, ask: Ask, stop_gradient: bool
+) -> tuple[VideoCache, jax.Array]:
+    """What watch gives where nothing is forgotten and no query goes on: the last frame's queries see all there is."""
+    keys, values = window.keys, window.values
+    if stop_gradient:
+        cache = jax.lax.stop_gradient(cache)
+        keys, values = (only_last(x, window.valid) for x in (keys, values))
+    tokens, capacity = keys.shape[3], cache.capacity
+    place = window.number[..., None] * tokens + jnp.arange(tokens)  # [T, B, P]
+    source = jnp.broadcast_to(place[:, None], keys.shape[:-1])
+    length = cache.length + tokens * window.valid.sum(0, dtype=jnp.int32)
+    real = jnp.arange(capacity) < length[..., None]
+    at = jnp.arange(capacity) - cache.length[..., None]  # [L, B, R]: in the window
+
+    def append(old, new):
+        new = rearrange(new, "t l b p ... -> l b (t p) ...").astype(old.dtype)
+        index = jnp.clip(at, 0, new.shape[2] - 1)
+        extra = (1,) * (old.ndim - 3)
+        new = jnp.take_along_axis(new, index.reshape(index.shape + extra), axis=2)
+        return jnp.where(((at >= 0) & real).reshape(at.shape + extra), new, old)
+
+    seen = VideoCache(
+        append(cache.keys, keys),
+        append(cache.values, values),
+        jnp.where(real, append(cache.source, source), -1),
+        length,
+    )
+
+    def look(layer, q, carry):
+        k, v = (rearrange(x[layer], "b s (h d) -> b h s d", h=q.shape[1]) for x in (seen.keys, seen.values))
+        return attend(q, Keys(k, v, real[layer])), carry
+
+    new, _ = ask(learned, look, ())
+    return seen, _where(window.valid.any(0), new.astype(outputs.dtype), outputs, 0)
+
+
+def only_last(x: jax.Array, valid: jax.Array) -> jax.Array:
+    """Frames x [T, L, B, P, C] of which only each row's last valid [T, B] one lets gradients through."""
+    last = jnp.arange(len(valid))[:, None] == valid.sum(0) - 1
+    return jnp.where(last[:, None, :, None, None], x, jax.lax.stop_gradient(x))
 
 
 def step(

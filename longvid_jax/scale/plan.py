@@ -73,7 +73,7 @@ def compile_retake(
     array = partial(_array, mesh)
     with jax.set_mesh(mesh):
         model = abstract_parameters(Qwen2VL, config, mesh, dtype)
-        cache = _spread(mesh, jax.eval_shape(lambda: steps.new_cache(model, batch=batch, capacity=capacity)))
+        cache = _spread(mesh, jax.eval_shape(lambda: text_steps.new_cache(model.text, batch=batch, capacity=capacity)))
         row = array((batch,))
         pixels = array((batch, chunk_patches * vision.temporal, grid[0] * side, grid[1] * side, 3), jnp.uint8, BATCH)
         features = array((batch, chunk_patches, tokens, text.width), dtype, BATCH)
@@ -143,8 +143,8 @@ def compile_adacm2(
             policy=policy,
             carry_queries=carry_queries,
         )
-        read = text_steps.read_prompt.lower(model.text, ids, ids, vectors, capacity=prompt + new_tokens)
         empty = jax.eval_shape(lambda: model.text.empty_cache(batch, prompt + new_tokens))
+        read = text_steps.read_prompt.lower(model.text, _spread(mesh, empty), ids, ids, vectors)
         write = text_steps.write_answer.lower(
             model.text,
             _spread(mesh, empty),

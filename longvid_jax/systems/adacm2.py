@@ -181,17 +181,10 @@ class AdaCM2Model(VideoModel):
 
     def _take_in(self, memory: AdaCM2Memory, features, grid, times, valid) -> AdaCM2Memory:
         """Takes in frames of features [B or 1, T, P, C]; the valid ones of [B or 1, T] are a prefix of each row."""
-        config, batch = self.model.config, len(memory.read)
+        batch = len(memory.read)
         valid = np.broadcast_to(valid, (batch, valid.shape[1]))
         read = memory.read + valid.sum(1)
-        if not memory.read.any():
-            self._tell_of(grid)
-        if config.num_frames and memory.read.max() <= config.num_frames < read.max():
-            warnings.warn(
-                f"The model knows {config.num_frames} frame positions; frames beyond them all get the last one's.",
-                VideoWarning,
-                stacklevel=3,
-            )
+        self.warn_of_positions(grid, int(memory.read.max()), int(read.max()), stacklevel=4)
         cache, outputs = self._with_room(memory, features.shape[2], int(read.max()))
         cache, outputs = steps.watch_window(
             self.model,
@@ -239,14 +232,24 @@ class AdaCM2Model(VideoModel):
             return steps.grow_cache(memory.cache, capacity=needed), memory.outputs
         return memory.cache, memory.outputs
 
-    def _tell_of(self, grid: np.ndarray) -> None:
-        side = self.model.config.vision.side
-        if tuple(grid) != (side, side):
+    def warn_of_positions(self, grid: Sequence[int], before: int, after: int, *, stacklevel: int = 2) -> None:
+        """Warns, as frames of a grid of patches are watched, of positions that the model has not learned.
+
+        before, after: how many frames have been watched, and with these.
+        """
+        side, known = self.model.config.vision.side, self.model.config.num_frames
+        if not before and tuple(grid) != (side, side):
             warnings.warn(
                 f"Frames of {grid[0]} x {grid[1]} patches: the model's positions are for {side} x {side}, and are "
                 "interpolated.",
                 VideoWarning,
-                stacklevel=4,
+                stacklevel=stacklevel + 1,
+            )
+        if known and before <= known < after:
+            warnings.warn(
+                f"The model knows {known} frame positions; frames beyond them all get the last one's.",
+                VideoWarning,
+                stacklevel=stacklevel + 1,
             )
 
     # --- answering ----------------------------------------------------------------------------------------------------
@@ -331,7 +334,8 @@ class AdaCM2Model(VideoModel):
         length = (memory.ids >= 0).sum(1)
         searched = num_beams > 1 or min_new_tokens > 0
         room = memory.ids.shape[1] + (0 if searched else max_new_tokens)
-        cache, logits = text_steps.read_prompt(decoder, memory.ids, memory.places, vectors, capacity=room)
+        cache = text_steps.new_cache(decoder, batch=len(memory.ids), capacity=room)
+        cache, logits = text_steps.read_prompt(decoder, cache, memory.ids, memory.places, vectors)
         if searched:
             out = text_steps.search_answer(
                 decoder,

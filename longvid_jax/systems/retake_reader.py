@@ -17,6 +17,7 @@ from longvid_jax.memory.dpselect import Lookback
 from longvid_jax.memory.state import Chunk, Pending, RetakeMemory
 from longvid_jax.models.qwen2_vl import Qwen2VL
 from longvid_jax.systems import retake_steps as steps
+from longvid_jax.systems import text_steps
 
 ANSWER_ROOM = 256  # tokens of text and answer for which a cache of known length has room
 TEXT_BUCKET = 16  # text is padded to this many tokens times a power of two, so that few lengths are compiled
@@ -66,7 +67,7 @@ class Reader:
         )
         text = pad_text(before)
         capacity = _bucket(max(text.shape[1], self._expected_length(memory)))
-        cache = steps.new_cache(self.model, batch=batch, capacity=capacity)
+        cache = text_steps.new_cache(self.model.text, batch=batch, capacity=capacity)
         if memory.start.any():
             cache, _ = steps.read_text(self.model, cache, text, np.zeros(batch, int), static=self._text)
         return dataclasses.replace(memory, cache=cache)

@@ -14,6 +14,7 @@ from longvid_jax.models.qwen2_vl import Qwen2VL
 from longvid_jax.ops import kv_cache
 from longvid_jax.ops.kv_cache import KVCache
 from longvid_jax.ops.sharding import BATCH, constrain
+from longvid_jax.systems.text_steps import constrain_cache, text_positions
 from longvid_jax.video.preprocess import patchify
 
 
@@ -121,7 +122,7 @@ def read_chunk(
     if prompt is not None:
         query_valid = prompt >= 0
         behind = jnp.maximum(start + time + patches, start + max(grid))
-        positions = jnp.concatenate([positions, _text_positions(behind, prompt.shape[1])], axis=1)
+        positions = jnp.concatenate([positions, text_positions(model.text, behind, prompt.shape[1])], axis=1)
         x = jnp.concatenate([x, model.text.embed(jnp.maximum(prompt, 0)).astype(x.dtype)], axis=1)
         all_valid = jnp.concatenate([valid, query_valid], axis=1)
     select = None
@@ -134,7 +135,7 @@ def read_chunk(
         )
     x = constrain(x, BATCH)
     _, cache = model.text(x, positions, all_valid, cache, follow="time" if static.reforge else None, select=select)
-    return _constrain_cache(kv_cache.advance(cache, count, chunk))
+    return constrain_cache(kv_cache.advance(cache, count, chunk))
 
 
 @partial(jax.jit, static_argnames=("static",), donate_argnames=("cache",))
@@ -147,11 +148,11 @@ def read_text(
     """
     valid = ids >= 0
     x = constrain(model.text.embed(jnp.maximum(ids, 0)), BATCH)
-    positions = _text_positions(start, ids.shape[1])
+    positions = text_positions(model.text, start, ids.shape[1])
     hidden, cache = model.text(x, positions, valid, cache, follow="time" if static.reforge else None)
     count = valid.sum(-1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return _constrain_cache(kv_cache.advance(cache, count, ids.shape[1])), model.text.logits(last)
+    return constrain_cache(kv_cache.advance(cache, count, ids.shape[1])), model.text.logits(last)
 
 
 @partial(jax.jit, static_argnames=("static", "max_new_tokens", "keep_logits"), donate_argnames=("cache",))
@@ -175,7 +176,9 @@ def write_answer(
         cache, at = state
         x = model.text.embed(tokens[:, None])
         valid = jnp.ones((tokens.shape[0], 1), bool)
-        hidden, cache = model.text(x, _text_positions(at, 1), valid, cache, follow="all" if static.reforge else None)
+        hidden, cache = model.text(
+            x, text_positions(model.text, at, 1), valid, cache, follow="all" if static.reforge else None
+        )
         cache = kv_cache.advance(cache, jnp.ones_like(at), 1)
         return (cache, at + 1), model.text.logits(hidden[:, 0])
 
@@ -193,38 +196,7 @@ def write_answer(
     return out._replace(state=out.state[0])
 
 
-@partial(jax.jit, static_argnames=("batch", "capacity"))
-def new_cache(model: Qwen2VL, *, batch: int, capacity: int) -> KVCache:
-    """An empty cache, born sharded."""
-    return _constrain_cache(model.text.empty_cache(batch, capacity))
-
-
 @partial(jax.jit, static_argnames=("capacity",))
 def grow_cache(cache: KVCache, *, capacity: int) -> KVCache:
     """The cache in the next bucket."""
-    return _constrain_cache(kv_cache.grow(cache, capacity))
-
-
-def _text_positions(start: jax.Array, length: int) -> jax.Array:
-    """Positions int32 [B, length, 3] of text that begins at start [B]: the same on all three axes."""
-    return jnp.broadcast_to((start[:, None] + jnp.arange(length))[..., None], (start.shape[0], length, 3)).astype(
-        jnp.int32
-    )
-
-
-def _constrain_cache(cache: KVCache) -> KVCache:
-    """Rows of the batch on (data, fsdp), kv heads on tensor."""
-
-    def heads(x):
-        return constrain(x, *[None] * (x.ndim - 4), BATCH, "tensor")
-
-    def rows(x):
-        return constrain(x, *[None] * (x.ndim - 3), BATCH)
-
-    return dataclasses.replace(
-        cache,
-        keys=jax.tree.map(heads, cache.keys),
-        values=jax.tree.map(heads, cache.values),
-        positions=jax.tree.map(rows, cache.positions),
-        source=jax.tree.map(rows, cache.source),
-    )
+    return constrain_cache(kv_cache.grow(cache, capacity))

@@ -1,5 +1,6 @@
 """Compiled steps that every system's decoder takes: it reads a prompt, and writes an answer behind it."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -18,11 +19,35 @@ def text_positions(decoder: Decoder, start: jax.Array, length: int) -> jax.Array
     return jnp.broadcast_to(at, (start.shape[0], length, decoder.config.rope.axes)).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("capacity",))
+@partial(jax.jit, static_argnames=("batch", "capacity"))
+def new_cache(decoder: Decoder, *, batch: int, capacity: int) -> KVCache:
+    """An empty cache, born sharded."""
+    return constrain_cache(decoder.empty_cache(batch, capacity))
+
+
+def constrain_cache(cache: KVCache) -> KVCache:
+    """Rows of the batch on (data, fsdp), kv heads on tensor."""
+
+    def heads(x):
+        return constrain(x, *[None] * (x.ndim - 4), BATCH, "tensor")
+
+    def rows(x):
+        return constrain(x, *[None] * (x.ndim - 3), BATCH)
+
+    return dataclasses.replace(
+        cache,
+        keys=jax.tree.map(heads, cache.keys),
+        values=jax.tree.map(heads, cache.values),
+        positions=jax.tree.map(rows, cache.positions),
+        source=jax.tree.map(rows, cache.source),
+    )
+
+
+@partial(jax.jit, donate_argnames=("cache",))
 def read_prompt(
-    decoder: Decoder, ids: jax.Array, places: jax.Array, vectors: jax.Array, *, capacity: int
+    decoder: Decoder, cache: KVCache, ids: jax.Array, places: jax.Array, vectors: jax.Array
 ) -> tuple[KVCache, jax.Array]:
-    """A new cache that holds a prompt of words and vectors, and the logits float32 [B, V] that follow it.
+    """Reads a prompt of words and vectors into an empty cache; and the logits float32 [B, V] that follow it.
 
     ids int32 [B, N] (-1: padding behind it); places int32 [B, N]: which of vectors [B, Q, width] stands here in place
     of a word, -1 for none.
@@ -31,12 +56,11 @@ def read_prompt(
     x = decoder.embed(jnp.maximum(ids, 0))
     seen = jnp.take_along_axis(vectors.astype(x.dtype), jnp.maximum(places, 0)[..., None], axis=1)
     x = constrain(jnp.where(places[..., None] >= 0, seen, x), BATCH)
-    cache = decoder.empty_cache(ids.shape[0], capacity)
     positions = text_positions(decoder, jnp.zeros(ids.shape[0], jnp.int32), ids.shape[1])
     hidden, cache = decoder(x, positions, valid, cache)
     count = valid.sum(-1, dtype=jnp.int32)
     last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return kv_cache.advance(cache, count, ids.shape[1]), decoder.logits(last)
+    return constrain_cache(kv_cache.advance(cache, count, ids.shape[1])), decoder.logits(last)
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "keep_logits"), donate_argnames=("cache",))

@@ -68,7 +68,10 @@ DTYPES = ("float32", "bfloat16")
 
 def base() -> ConfigDict:
     """A config with every key at its default, for get_config to change."""
-    return ConfigDict(BASE)
+    config = ConfigDict(BASE)
+    for name in ("alpha", "beta"):  # of a number or a tuple
+        config.adacm2[name] = FieldReference(BASE["adacm2"][name], field_type=object)
+    return config
 
 
 def stage(**values) -> ConfigDict:
@@ -236,6 +239,8 @@ def _kind(value, default, where: str):
         return tuple(map(float, value))
     if isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
+    if where in LAYERWISE:
+        raise OptionError(f"{where} is {value!r}, but must be a number, or a tuple with one for each layer.")
     names = {bool: "True or False", str: "a text", tuple: "a tuple", int: "a whole number", float: "a number"}
     raise OptionError(f"{where} is {value!r}, but must be {names[type(default)]}.")
 

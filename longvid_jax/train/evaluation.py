@@ -10,11 +10,12 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from longvid_jax.data.batches import batches_from
+from longvid_jax.errors import OptionError
 from longvid_jax.train.feed import on_device
 from longvid_jax.train.models import Model
 from longvid_jax.train.parameters import Structure
 from longvid_jax.train.state import TrainState
-from longvid_jax.train.tasks import TASKS
+from longvid_jax.train.tasks import task
 
 SEED = 0  # the same examples each time and in every run
 UNTAGGED = "answers"
@@ -25,10 +26,12 @@ class Evaluation:
 
     def __init__(self, config, model: Model, structure: Structure, *, mesh=None):
         share = {"process": jax.process_index(), "processes": jax.process_count()}
-        task = config.eval.task
-        self._batches = TASKS[task].batches(config.eval, model, seed=SEED, **share)
+        judged = task(config.eval.task)
+        if judged.tokens is None:
+            raise OptionError(f"config.eval.task is {config.eval.task!r}, which has no answers to judge; name another.")
+        self._batches = judged.batches(config.eval, model, seed=SEED, **share)
         self._count, self._workers, self._mesh = config.eval.batches, config.workers, mesh
-        tokens, dtype = TASKS[task].tokens(model), jnp.dtype(config.compute_dtype)
+        tokens, dtype = judged.tokens(model), jnp.dtype(config.compute_dtype)
 
         def judge(state: TrainState, batch, conversations: int):
             losses, right = tokens(state.module(structure, dtype), batch)

@@ -31,8 +31,7 @@ def instructed_tokens(
 ) -> tuple[jax.Array, jax.Array]:
     """The losses of the next tokens [B, A * N], and which of them lead: of data.instructed.InstructedBatches.
 
-    policy, carry_queries, stop_gradient: as memory.adacm2.watch takes them. Where nothing is forgotten and no query
-    goes on, all frames are looked at at once, and then all of them teach, whatever stop_gradient says.
+    policy, carry_queries, stop_gradient: as memory.adacm2.watch takes them.
     """
     how = {"policy": policy, "carry_queries": carry_queries, "stop_gradient": stop_gradient, "mean": mean, "std": std}
     return _said(model, _watched(model, batch, **how, remat=remat), batch, remat)
@@ -86,8 +85,12 @@ def _watched(
     text, valid = model.qformer.embed(jnp.maximum(words, 0)), words >= 0
     queries = model.queries(words.shape[0])
 
-    if not carry_queries and not any(adacm2.ratio(*pair) < 1 for pair in zip(policy.alpha, policy.beta, strict=True)):
-        # Nothing is forgotten and no query goes on: what the last frame's queries see is all there ever was.
+    if policy.keeps_all and not carry_queries:
+        # As adacm2.watch does it then, but with no copy of a video for each of its questions.
+        if stop_gradient:
+            keys, values = (
+                jnp.moveaxis(adacm2.only_last(jnp.moveaxis(x, 2, 0), batch["shown"].T), 0, 2) for x in (keys, values)
+            )
         look = _looking_at_all(keys, values, batch["shown"], asked)
         return model.qformer(queries, text, valid, look, ())[0]
     rows = jnp.repeat(jnp.arange(keys.shape[1]), asked)

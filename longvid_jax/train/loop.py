@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from longvid_jax.errors import TrainError
 from longvid_jax.train import evaluation, flops, models, optimizer, workdir
 from longvid_jax.train.checkpoints import Checkpoints
-from longvid_jax.train.config import plain, resolve
+from longvid_jax.train.config import resolve
 from longvid_jax.train.export import export
 from longvid_jax.train.feed import Feed
 from longvid_jax.train.metrics import Log, Meter
@@ -54,7 +54,7 @@ def train(
         model, module = models.build(config, mesh)
         batches = Curriculum(config, model, process=jax.process_index(), processes=jax.process_count())
         steps = len(batches)
-        update, schedule = optimizer.make(plain(config.optim), steps)
+        update, schedule = optimizer.make(batches.optim, steps)
         dtype, patterns = jnp.dtype(config.compute_dtype), (models.trainable(config), tuple(config.frozen))
         structure, state = init(module, update, *patterns, compute_dtype=dtype, mesh=mesh)
         del module  # the state has taken over its arrays

@@ -32,7 +32,7 @@ class OptimizerConfig:
     rule: str = "adamw"  # or "muon"
     lr: float = 1e-3  # at the end of the warm-up
     schedule: str = "cosine"  # or "constant", after the warm-up
-    warmup: int = 0  # steps from 0 to lr, linearly
+    warmup: int = 0  # steps from 0 to lr, linearly; of a training in epochs at most the first
     floor: float = 0.0  # what the cosine ends at, as a share of lr
     b1: float = 0.9
     b2: float = 0.999

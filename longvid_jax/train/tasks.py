@@ -227,11 +227,12 @@ class Curriculum:
     def __init__(self, config, model: Model, *, process: int = 0, processes: int = 1):
         share = {"process": process, "processes": processes}
         self._stages = config.stages
-        counts = [stage.steps or _steps(stage) for stage in config.stages]
-        self._numbers = _order(counts, [stage.group for stage in config.stages])
+        self._optim = config.optim
+        self.counts = [stage.steps or _steps(stage) for stage in config.stages]  # of steps
+        self._numbers = _order(self.counts, [stage.group for stage in config.stages])
         self._sizes = np.array([stage.batch_size for stage in config.stages])[self._numbers]
         self._own = np.zeros_like(self._numbers)  # the number of a step in its stage
-        for n, count in enumerate(counts):
+        for n, count in enumerate(self.counts):
             self._own[self._numbers == n] = np.arange(count)
         self.of_stages = tuple(
             task(stage.task).batches(stage, model, seed=_seed(config.seed, n), **share)
@@ -243,6 +244,14 @@ class Curriculum:
 
     def stage(self, b: int):
         return self._stages[self._numbers[b]]
+
+    @property
+    def optim(self) -> dict:
+        """config.optim, its warm-up in a training in epochs at most the first one's steps, as LAVIS has it."""
+        values, first = plain(self._optim), self._stages[0]
+        if first.epochs:
+            values["warmup"] = min(values["warmup"], max(1, self.counts[0] // first.epochs), len(self) - 1)
+        return values
 
     def examples(self, b: int) -> int:
         """How many there are before batch b, in all processes."""

@@ -178,6 +178,7 @@ def test_large_shares_have_a_bound_at_once():
 LAYERS, ROWS, TOKENS, FRAMES, HEADS, WIDTH, QUERIES = 3, 3, 7, 33, 2, 8, 4
 LENGTHS = (33, 20, 5)
 PER_LAYER = {"alpha": (0.1, 0.5, 1 / 3), "beta": (0.5, 0.1, 0.7)}
+ALL = {"alpha": (1.0,) * 3, "beta": (1.0,) * 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,14 +340,16 @@ def test_random_tokens_as_many_and_again(stand, window, learned):
     assert len({tuple(x % TOKENS for x in draw) for draw in draws}) > 1
 
 
-@pytest.mark.parametrize("carry_queries", [False, True])
-def test_how_frames_are_cut_into_windows_changes_nothing(stand, window, learned, carry_queries):
-    policy = Policy(*PER_LAYER.values())
-    whole = run(stand, jax.tree.map(lambda x: x[:20], window), learned, policy, 30, carry_queries=carry_queries)
+@pytest.mark.parametrize(
+    ("carry_queries", "shares", "room"), [(False, PER_LAYER, 30), (True, PER_LAYER, 30), (False, ALL, 20 * TOKENS)]
+)
+def test_how_frames_are_cut_into_windows_changes_nothing(stand, window, learned, carry_queries, shares, room):
+    policy = Policy(*shares.values())
+    whole = run(stand, jax.tree.map(lambda x: x[:20], window), learned, policy, room, carry_queries=carry_queries)
     parts = (None, None)
     for start, end in ((0, 8), (8, 16), (16, 20)):
         part = jax.tree.map(lambda x, s=start, e=end: x[s:e], window)
-        parts = run(stand, part, learned, policy, 30, cache=parts[0], outputs=parts[1], carry_queries=carry_queries)
+        parts = run(stand, part, learned, policy, room, cache=parts[0], outputs=parts[1], carry_queries=carry_queries)
     jax.tree.map(np.testing.assert_array_equal, whole, parts)
 
 
@@ -403,10 +406,10 @@ def short(window):
     return jax.tree.map(lambda x: x[:6], window)._replace(valid=np.arange(6)[:, None] < np.array([6, 6, 3]))
 
 
-@pytest.mark.parametrize("carry_queries", [False, True])
-def test_stopped_gradients_stop(stand, short, learned, carry_queries):
+@pytest.mark.parametrize(("carry_queries", "shares"), [(False, (0.3, 0.5)), (True, (0.3, 0.5)), (False, (1.0, 1.0))])
+def test_stopped_gradients_stop(stand, short, learned, carry_queries, shares):
     """Only a row's last frame gets any; without the switch those that the cache still holds do, too."""
-    policy, last = Policy((0.3,) * LAYERS, (0.5,) * LAYERS), (5, 5, 2)
+    policy, last = Policy(*((share,) * LAYERS for share in shares)), (5, 5, 2)
     how = {"carry_queries": carry_queries}
     stopped = gradients(stand, short, learned, policy, **how, stop_gradient=True)
     flowing = gradients(stand, short, learned, policy, **how)
@@ -421,10 +424,10 @@ def test_stopped_gradients_stop(stand, short, learned, carry_queries):
     assert np.abs(gradients(stand, first, learned, policy, **how, stop_gradient=True)[2]).max() > 1e-3
 
 
-@pytest.mark.parametrize("carry_queries", [False, True])
-def test_gradients_are_differences(stand, short, learned, carry_queries):
+@pytest.mark.parametrize(("carry_queries", "shares"), [(False, (0.3, 0.5)), (True, (0.3, 0.5)), (False, (1.0, 1.0))])
+def test_gradients_are_differences(stand, short, learned, carry_queries, shares):
     """Against central differences of the loops in float64, along a random direction of everything."""
-    shares = (0.3,) * LAYERS, (0.5,) * LAYERS
+    shares = tuple((share,) * LAYERS for share in shares)
     got = gradients(stand, short, learned, Policy(*shares), carry_queries=carry_queries)
     points = short.keys, short.values, learned
     rng = np.random.default_rng(7)

@@ -22,6 +22,8 @@ def test_overrides():
     loaded = config.load(SMALLEST, [*words, "--config.model.hidden_size=48"])
     assert (loaded.optim.lr, loaded.stages[0].steps, loaded.model.hidden_size) == (3e-4, 7, 48)
     assert config.plain(loaded.stages)[0]["sources"][0]["seconds"] == (4.0,)
+    loaded = config.load("adacm2:policy", ["--config.checkpoint=x", "--config.adacm2.alpha=(0.1, 0.2, 1)"])
+    assert (loaded.adacm2.alpha, loaded.adacm2.beta) == ((0.1, 0.2, 1.0), 0.5)
     loaded = config.load("finetune:full", ["--config.data=a.json", "--config.videos=b"])
     source = config.plain(loaded.stages)[0]["sources"][0]
     assert (source["file"], source["folder"]) == ("a.json", "b")
@@ -47,6 +49,7 @@ def test_a_file_of_ones_own(tmp_path):
         (["--config.seed.a=1"], r"config.seed of .*smallest.py has no 'a'"),
         (["--config.optim.lr=fast"], r"could not convert string to float: 'fast'; give a value of the kind"),
         (["--config.optim.lr=-1"], r"lr is -1.0, but must be a number above 0"),
+        (["--config.adacm2.beta=(0.1, 'a')"], r"config.adacm2.beta is \(0.1, 'a'\), but must be a number, or a tuple"),
         (["--config.remat=all"], r"config.remat is 'all', but must be none or dots or full"),
         (["--config.compute_dtype=float8"], r"config.compute_dtype is 'float8'"),
         (["--config.profile_steps=9"], r"config.profile_steps is '9', but must be two step numbers"),

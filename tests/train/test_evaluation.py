@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from longvid_jax.data.batches import Batch, Example
+from longvid_jax.errors import OptionError
 from longvid_jax.models.layers import Linear
 from longvid_jax.train import evaluation, tasks
 from longvid_jax.train.config import base
@@ -66,3 +67,17 @@ def test_answers_without_tags(evaluate, monkeypatch):
 
     monkeypatch.setattr(Known, "__getitem__", untagged)
     assert evaluate()["answers"] == {"answers": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("task", "fault"),
+    [
+        ("naming", "config.eval.task is 'naming', which has no answers to judge; name another."),
+        ("answer", "the table of tasks has no 'answer', but 'answers'; known are"),
+    ],
+)
+def test_a_task_that_cannot_be_judged(task, fault):
+    config = base()
+    config.eval.task = task
+    with pytest.raises(OptionError, match=fault):
+        evaluation.Evaluation(config, None, None)

@@ -287,13 +287,14 @@ def test_frames_that_are_not_shown_do_not_matter(module):
         assert_same(step(module, other, **how), step(module, given, **how), 1e-7)
 
 
-def test_stopped_only_the_last_frame_teaches(module):
+@pytest.mark.parametrize("policy", [HOW["policy"], ALL], ids=["evicting", "keeping"])
+def test_stopped_only_the_last_frame_teaches(module, policy):
     """Without carried queries: of the frame positions those of each video's last frame alone."""
     given = batch()
     given["number"] = np.tile(np.array([[0, 1, 2], [3, 5, 6]], np.int32), (VIDEOS // 2, 1))  # the last is not shown
     rows = {}
     for stop in (False, True):
-        _, gradient = step(module, given, stop_gradient=stop)
+        _, gradient = step(module, given, policy=policy, stop_gradient=stop)
         rows[stop] = np.abs(gradient["frames/embedding"]).max(1)
     np.testing.assert_array_equal(rows[True] > 0, [0, 0, 1, 0, 0, 1, 0, 0])
     np.testing.assert_array_equal(rows[False] > 0, [1, 1, 1, 1, 0, 1, 0, 0])

@@ -149,7 +149,11 @@ def settings(variant: str, tiny, videos, *overrides):
     entries = {f"v{n}": entry(kind) | ({"video": f"v{n}"} if kind == "questions" else {}) for n in range(2)}
     (videos / f"{variant}.json").write_text(json.dumps(entries))
     given = {"checkpoint": tiny, "data": videos / f"{variant}.json", "videos": videos}
-    given |= {"stages[0].epochs": 2, "stages[0].batch_size": 2, "stages[0].frames": (4,), "optim.warmup": 1}
+    given |= {
+        "stages[0].epochs": 2,
+        "stages[0].batch_size": 2,
+        "stages[0].frames": (4,),
+    }  # the warm-up is cut to an epoch
     given |= {"stages[0].sources[0].num_frames": 4, "optim.lr": 0.02, "log_every": 1}
     words = [f"--config.{name}={value}" for name, value in given.items()]
     wanted = config.load(f"adacm2:{variant}", [*words, *overrides])
