@@ -131,8 +131,8 @@ def _world(config, variant: str):
     # First the Q-Former learns to find what answers a question, and to tell it as the towers tell facts.
     config.stages = (
         _questions(steps=300, batch_size=6, seconds=4.0, asked=8, task="telling"),
-        _questions(steps=800, batch_size=5, seconds=16.0, asked=8, task="telling"),
-        _questions(steps=500, batch_size=5, seconds=16.0, asked=8),
+        _questions(steps=1500, batch_size=5, seconds=16.0, asked=8, task="telling"),
+        _questions(steps=1500, batch_size=5, seconds=16.0, asked=8),
     )
     config.assets = "adacm2_world"
     config.optim.warmup = 100

@@ -1,4 +1,4 @@
-"""Questions about long videos, answered in JAX: ReTaKe and AdaCM2; importing this package imports nothing heavy."""
+"""Questions about long videos, answered in JAX by ReTaKe, AdaCM2 and ReWind; importing this imports nothing heavy."""
 
 import importlib
 
@@ -8,6 +8,7 @@ _HOME = {
     "load": "systems.loading",
     "ReTaKe": "systems.retake",
     "AdaCM2": "systems.adacm2",
+    "ReWind": "systems.rewind",
     "Video": "video",
     "Frames": "video",
     "fork": "memory.state",

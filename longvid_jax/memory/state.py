@@ -7,6 +7,7 @@ import numpy as np
 
 from longvid_jax.memory.adacm2 import VideoCache
 from longvid_jax.memory.dpselect import Lookback
+from longvid_jax.memory.rewind import TokenMemory
 from longvid_jax.ops import kv_cache
 from longvid_jax.ops.kv_cache import KVCache
 
@@ -89,6 +90,24 @@ class AdaCM2Memory:
     frames: np.ndarray  # int [B] frames watched
     read: np.ndarray  # int [B] frames that the cache has taken in
     times: np.ndarray  # float32 [B or 1, T] seconds of those frames
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RewindMemory:
+    """ReWind between two windows of a video."""
+
+    written: TokenMemory | None  # None before the first frame
+    details: jax.Array | np.ndarray | None  # bfloat16 [B or 1, R, m, W] of each frame; None: they are decoded again
+    waiting: Waiting | None
+    instruction: np.ndarray  # int32 [B, S] tokens of the BERT's, then -1
+    ids: np.ndarray  # int32 [B, N] the decoder's prompt, 0 where the video stands, then -1
+    places: np.ndarray  # int32 [B, N] 0 where the video stands; -1 elsewhere
+    grid: np.ndarray  # int [2] rows and columns of patches in a frame; 0 before the first frame
+    frames: np.ndarray  # int [B] frames watched
+    read: np.ndarray  # int [B] frames that have been written
+    times: np.ndarray  # float32 [B or 1, T] seconds of those frames
+    thumbnails: np.ndarray  # uint8 [B or 1, T, h, w, 3] of those frames, every so manieth pixel
 
 
 def fork(memory):

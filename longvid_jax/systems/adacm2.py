@@ -5,7 +5,6 @@ know the question, attended to least. The 32 queries' outputs after the last fra
 """
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Sequence
 
@@ -13,13 +12,13 @@ import jax
 import numpy as np
 
 from longvid_jax.convert.settings import Settings
-from longvid_jax.errors import InstructionError, OptionError, PromptError, VideoWarning
+from longvid_jax.errors import InstructionError, OptionError, VideoWarning
 from longvid_jax.memory import adacm2
 from longvid_jax.memory.state import AdaCM2Memory, Waiting
 from longvid_jax.models.instructblip import InstructBlip
 from longvid_jax.systems import adacm2_steps as steps
-from longvid_jax.systems import text_steps
-from longvid_jax.systems.base import MAX_NEW_TOKENS, VideoModel
+from longvid_jax.systems.base import MAX_NEW_TOKENS
+from longvid_jax.systems.prompted import PromptedModel
 from longvid_jax.systems.query_prompts import QueryPrompts
 from longvid_jax.systems.results import AdaCM2Trace, Answer, Output
 from longvid_jax.video import Video, preprocess
@@ -76,7 +75,7 @@ class AdaCM2:
 PLAIN = AdaCM2(alpha=1.0, beta=1.0, carry_queries=False)
 
 
-class AdaCM2Model(VideoModel):
+class AdaCM2Model(PromptedModel):
     """An InstructBLIP that watches videos; with method None nothing is forgotten."""
 
     def __init__(
@@ -117,15 +116,6 @@ class AdaCM2Model(VideoModel):
         """Several questions about one video are rows that watch the same frames."""
         return True
 
-    def frame_size(self, video: Video) -> tuple[int, int]:
-        """Height and width at which the model sees a video: its own square, or the video's long_side in patches."""
-        patch = self.model.config.vision.patch
-        if video.long_side:
-            probe = video.probe
-            scale = video.long_side / max(probe.height, probe.width)
-            return tuple(max(1, round(side * scale / patch)) * patch for side in (probe.height, probe.width))
-        return self.settings.size or (self.model.config.vision.image_size,) * 2
-
     def begin(
         self,
         instruction: str | Sequence[str],
@@ -162,14 +152,7 @@ class AdaCM2Model(VideoModel):
         )
 
     def _look(self, memory: AdaCM2Memory, window: Waiting) -> AdaCM2Memory:
-        patch = self.model.config.vision.patch
-        height, width = window.pixels.shape[2:4]
-        grid = np.array([height // patch, width // patch])
-        if (grid * patch != (height, width)).any() or (memory.grid.any() and (grid != memory.grid).any()):
-            raise OptionError(
-                f"Frames of {width}x{height} do not fit this memory; take them from model.stream(video), or give "
-                f"multiples of {patch} pixels."
-            )
+        grid = self._grid(window.pixels, memory.grid)
         with self._on_mesh():
             features = steps.encode_frames(
                 self.model,
@@ -272,23 +255,10 @@ class AdaCM2Model(VideoModel):
         before all. decoding: as for answer.
         """
         self._check_decoding(**decoding)
-        pixels = np.asarray(pixel_values)
-        pixels = pixels[:, None] if pixels.ndim == 4 else pixels
-        if pixels.ndim != 5 or pixels.shape[2] != 3 or not pixels.size:
-            raise PromptError(f"pixel_values has the shape {list(pixels.shape)}, but must be [batch, frames, 3, H, W].")
-        batch, length = pixels.shape[:2]
-        valid = np.ones((batch, length), bool) if frame_mask is None else np.asarray(frame_mask, bool)
-        if valid.shape != (batch, length) or not valid[:, 0].all() or (np.diff(valid.astype(int), axis=1) > 0).any():
-            raise PromptError(
-                f"frame_mask must be [{batch}, {length}], true for a frame or more of each row and false behind them."
-            )
+        pixels, valid, grid = self._given_frames(pixel_values, frame_mask)
+        batch, length = valid.shape
         given = (input_ids, attention_mask), (qformer_input_ids, qformer_attention_mask)
         memory = self._begin(*self._prompts.given(*given, batch))
-        patch = self.model.config.vision.patch
-        grid = np.array(pixels.shape[3:]) // patch
-        if (grid * patch != pixels.shape[3:]).any():
-            raise OptionError(f"Frames of {pixels.shape[4]}x{pixels.shape[3]} must be multiples of {patch} pixels.")
-        pixels = np.moveaxis(pixels, 2, -1)
         with self._on_mesh():
             for start in range(0, length, WINDOW):
                 window, real = pixels[:, start : start + WINDOW], valid[:, start : start + WINDOW]
@@ -299,9 +269,7 @@ class AdaCM2Model(VideoModel):
                 memory = self._take_in(memory, steps.encode_pixels(self.model, window), grid, unknown, real)
             memory = dataclasses.replace(memory, frames=memory.read)
             out, trace = self._decode(memory, keep_logits=True, **decoding)
-        count = int(np.asarray(out.count).max())
-        logits = getattr(out, "logits", None)
-        return Output(np.asarray(out.tokens)[:, :count], None if logits is None else logits[:, :count], trace)
+        return self._output(out, trace)
 
     def _answer(self, memory: AdaCM2Memory, instructions: list[str] | None, **decoding) -> Answer:
         if instructions is not None:
@@ -316,52 +284,9 @@ class AdaCM2Model(VideoModel):
             out, trace = self._decode(memory, **decoding)
         return self._in_words(out.tokens, out.count, trace)
 
-    def _decode(
-        self,
-        memory: AdaCM2Memory,
-        *,
-        max_new_tokens: int = MAX_NEW_TOKENS,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        num_beams: int = 1,
-        length_penalty: float = 1.0,
-        min_new_tokens: int = 0,
-        keep_logits: bool = False,
-    ):
-        decoder, stop = self.model.text, np.array(self.settings.stop_tokens or (-1,), np.int32)
+    def _decode(self, memory: AdaCM2Memory, **decoding):
         vectors = steps.project(self.model, memory.outputs)
-        length = (memory.ids >= 0).sum(1)
-        searched = num_beams > 1 or min_new_tokens > 0
-        room = memory.ids.shape[1] + (0 if searched else max_new_tokens)
-        cache = text_steps.new_cache(decoder, batch=len(memory.ids), capacity=room)
-        cache, logits = text_steps.read_prompt(decoder, cache, memory.ids, memory.places, vectors)
-        if searched:
-            out = text_steps.search_answer(
-                decoder,
-                cache,
-                logits,
-                length,
-                stop,
-                np.int32(min_new_tokens),
-                np.float32(length_penalty),
-                beams=num_beams,
-                max_new_tokens=max_new_tokens,
-            )
-        else:
-            out = text_steps.write_answer(
-                decoder,
-                cache,
-                logits,
-                length,
-                stop,
-                jax.random.key(seed),
-                np.float32(temperature) if temperature > 0 else None,
-                np.float32(top_p),
-                max_new_tokens=max_new_tokens,
-                keep_logits=keep_logits,
-            )
-        return out, self.trace(memory)
+        return self._write(memory.ids, memory.places, vectors, **decoding), self.trace(memory)
 
     def trace(self, memory: AdaCM2Memory) -> AdaCM2Trace:
         """What a memory holds."""
@@ -381,24 +306,4 @@ class AdaCM2Model(VideoModel):
 
     def _check_question(self, text: str, *, max_new_tokens: int = MAX_NEW_TOKENS, **_) -> None:
         _, ids, _ = self._prompts.asking([text])
-        limit, length = self.model.config.text.rope.original_length, int((ids >= 0).sum())
-        if length + max_new_tokens > limit:
-            raise PromptError(
-                f"The prompt is too long: {length} tokens and {max_new_tokens} new ones exceed the model's {limit} "
-                "positions; shorten the question."
-            )
-
-    def _check_decoding(
-        self, *, num_beams: int = 1, length_penalty: float = 1.0, min_new_tokens: int = 0, **decoding
-    ) -> None:
-        super()._check_decoding(**decoding)
-        if num_beams < 1:
-            raise OptionError(f"num_beams is {num_beams}, but must be at least 1.")
-        if not 0 <= min_new_tokens <= decoding.get("max_new_tokens", MAX_NEW_TOKENS):
-            raise OptionError(f"min_new_tokens is {min_new_tokens}, but must be 0 to max_new_tokens.")
-        if not math.isfinite(length_penalty):
-            raise OptionError(f"length_penalty is {length_penalty}, but must be a number.")
-        if (num_beams > 1 or min_new_tokens > 0) and decoding.get("temperature", 0.0) > 0:
-            raise OptionError(
-                "num_beams above 1 and min_new_tokens above 0 search for the likeliest answer; leave temperature at 0."
-            )
+        self._check_length(int((ids >= 0).sum()), max_new_tokens, "shorten the question")

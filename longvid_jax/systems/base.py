@@ -157,7 +157,7 @@ class VideoModel(abc.ABC):
         together = self.asks_once and len(questions) > 1 and not batched
         if together and not self.asks_together:
             return [self.ask(video, each, profile=profile, progress=progress, **decoding) for each in questions]
-        seconds = {} if profile else None
+        seconds, decoding = {} if profile else None, decoding | self._asking_about(videos)
         with _timed(seconds, "begin") as done:
             memory = done(self.begin(questions if batched or together else questions[0], video=videos))
         with _timed(seconds, "watch") as done, contextlib.closing(self.stream(videos)) as windows:
@@ -186,6 +186,10 @@ class VideoModel(abc.ABC):
     def _flush(self, memory: Memory) -> Memory:
         """Takes in what the system itself holds back, such as features that wait for their successor."""
         return memory
+
+    def _asking_about(self, videos: list[Video]) -> dict:
+        """What else `answer` needs of the videos that `ask` watches, as decoding options."""
+        return {}
 
     @abc.abstractmethod
     def _answer(self, memory: Memory, instructions: list[str] | None, **decoding) -> Answer:

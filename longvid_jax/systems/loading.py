@@ -14,18 +14,20 @@ from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.systems.adacm2 import AdaCM2, AdaCM2Model
 from longvid_jax.systems.base import VideoModel
 from longvid_jax.systems.retake import ReTaKe, RetakeModel
+from longvid_jax.systems.rewind import ReWind, RewindModel
 
 # Which method runs on which architecture, and what it is loaded as.
 SYSTEMS = {
     "qwen2_vl": (ReTaKe, RetakeModel),
     "instructblip": (AdaCM2, AdaCM2Model),
     "blip-2": (AdaCM2, AdaCM2Model),
+    "rewind": (ReWind, RewindModel),
 }
 
 
 def load(
     source,
-    method: ReTaKe | AdaCM2 | None = None,
+    method: ReTaKe | AdaCM2 | ReWind | None = None,
     dtype=None,
     mesh=None,
     *,
@@ -35,7 +37,8 @@ def load(
 ) -> VideoModel:
     """A model that answers questions about videos, from a converted folder, a Hugging Face folder or a hub id.
 
-    method: lv.ReTaKe(...) for a Qwen2-VL, lv.AdaCM2(...) for an InstructBLIP, or None for the plain model.
+    method: lv.ReTaKe(...) for a Qwen2-VL, lv.AdaCM2(...) for an InstructBLIP, lv.ReWind(...) for a ReWind,
+    or None for the plain model.
     dtype: of parameters and activations; by default what the device is good at.
     mesh: a jax.sharding.Mesh over which parameters and caches are spread (see scale.make_mesh).
     stacked: layers as one scanned stack (the default on TPUs and with a mesh) or as a tuple.
@@ -47,7 +50,7 @@ def load(
     """
     methods = tuple(kind for kind, _ in dict.fromkeys(SYSTEMS.values()))
     if method is not None and not isinstance(method, methods):
-        raise OptionError(f"method is {method!r}, but must be lv.ReTaKe(...), lv.AdaCM2(...) or None.")
+        raise OptionError(f"method is {method!r}, but must be lv.ReTaKe(...), lv.AdaCM2(...), lv.ReWind(...) or None.")
     weights = convert.open_weights(source, revision)
     if (name := convert.architecture(weights.config)) not in SYSTEMS:
         raise CheckpointError(
@@ -79,7 +82,7 @@ def load(
     if part is not None:
         return model
     options = {"method": method, "tokenizer": load_tokenizer(weights.path), "mesh": mesh}
-    if system is AdaCM2Model:
+    if system in (AdaCM2Model, RewindModel):
         options["words"] = load_tokenizer(weights.path / INSTRUCTION)
     return system(model, settings, **options)
 

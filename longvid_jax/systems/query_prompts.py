@@ -34,16 +34,16 @@ class QueryPrompts:
         count = self.config.num_queries
         rows = [chat.queries_prompt(self.tokenizer, text, self.video_token, count) for text in questions]
         ids, places = zip(*rows, strict=True)
-        return told, _padded(ids), _padded(places)
+        return told, padded(ids), padded(places)
 
     def given(self, prompts: tuple, instructions: tuple, batch: int) -> Prompts:
         """Of ids and mask as the Hugging Face processors make them, [B, N] and [B, S]; see AdaCM2Model.generate."""
-        rows = _given_rows("input_ids", prompts[0], "attention_mask", prompts[1], batch)
+        rows = given_rows("input_ids", prompts[0], "attention_mask", prompts[1], batch)
         told = None
         if self.config.qformer.words:
-            words = _given_rows("qformer_input_ids", instructions[0], "qformer_attention_mask", instructions[1], batch)
+            words = given_rows("qformer_input_ids", instructions[0], "qformer_attention_mask", instructions[1], batch)
             told = self._instruction([row.tolist() for row in words])
-        return told, *self._with_queries(rows)
+        return told, *with_vectors(rows, self.video_token, self.config.num_queries)
 
     def _told(self, text: str) -> list[int]:
         if self.words is None:
@@ -58,24 +58,24 @@ class QueryPrompts:
         limit = self.config.qformer.max_length
         if (longest := max(map(len, rows))) > limit:
             raise PromptError(f"The question has {longest} tokens, but the Q-Former reads {limit}; shorten it.")
-        return _padded(rows, limit)
-
-    def _with_queries(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts int [N] with tokens for the queries, or without: ids and places [B, N]."""
-        count, token = self.config.num_queries, self.video_token
-        rows, places = [], []
-        for row in prompts:
-            here = row == token if token is not None else np.zeros(row.shape, bool)
-            if not here.any():
-                row, here = np.concatenate([np.zeros(count, int), row]), np.arange(count + len(row)) < count
-            if here.sum() != count:
-                raise PromptError(f"input_ids holds the image token {here.sum()} times, but there are {count} queries.")
-            rows.append(np.where(here, 0, row).tolist())
-            places.append(np.where(here, np.cumsum(here) - 1, -1).tolist())
-        return _padded(rows), _padded(places)
+        return padded(rows, limit)
 
 
-def _given_rows(name: str, ids, mask_name: str, mask, batch: int) -> list[np.ndarray]:
+def with_vectors(prompts: Sequence[np.ndarray], token: int | None, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts int [N] with `count` tokens where vectors go, or without, and then before all: ids and places [B, N]."""
+    rows, places = [], []
+    for row in prompts:
+        here = row == token if token is not None else np.zeros(row.shape, bool)
+        if not here.any():
+            row, here = np.concatenate([np.zeros(count, int), row]), np.arange(count + len(row)) < count
+        if here.sum() != count:
+            raise PromptError(f"input_ids holds the image token {here.sum()} times, but there are {count} queries.")
+        rows.append(np.where(here, 0, row).tolist())
+        places.append(np.where(here, np.cumsum(here) - 1, -1).tolist())
+    return padded(rows), padded(places)
+
+
+def given_rows(name: str, ids, mask_name: str, mask, batch: int) -> list[np.ndarray]:
     """The tokens int [N] of each row of ids [B, N] that mask [B, N] (None: all) leaves."""
     ids = np.zeros(0) if ids is None else np.asarray(ids)
     if ids.ndim != 2 or len(ids) != batch:
@@ -86,7 +86,7 @@ def _given_rows(name: str, ids, mask_name: str, mask, batch: int) -> list[np.nda
     return [row[keep] for row, keep in zip(ids, mask, strict=True)]
 
 
-def _padded(rows: Sequence[Sequence[int]], limit: int | None = None) -> np.ndarray:
+def padded(rows: Sequence[Sequence[int]], limit: int | None = None) -> np.ndarray:
     """int32 [B, N] of rows of different lengths, -1 behind their end, N one of few lengths up to a limit."""
     longest = max(1, *map(len, rows))
     length = TEXT_BUCKET * (1 << (-(-longest // TEXT_BUCKET) - 1).bit_length())

@@ -7,6 +7,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from longvid_jax.memory.frame_selection import Chosen, Selection
 from longvid_jax.memory.state import Chunk
 
 
@@ -118,6 +119,56 @@ class AdaCM2Trace:
             source=self.source[:, here],
             times=times,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class RewindTrace:
+    """What a memory of ReWind holds, and where it looked back. Arrays stay on the device until they are read."""
+
+    frames: np.ndarray  # int [B] frames watched
+    grid: tuple[int, int]  # rows and columns of patches in a frame
+    tokens: int  # that are written of a frame
+    capacity: int  # frames a row that are allocated
+    cache_bytes: int  # of tokens, keys and values, all rows together, as allocated
+    detail_bytes: int  # of the features kept to look back at, on the device or the host
+    scores: jax.Array  # float32 [B, R] attention of the instruction to each frame
+    selection: Selection  # indices of frames
+    times: np.ndarray  # float32 [B or 1, T] seconds of the frames; NaN behind a shorter row's end
+    thumbnails: np.ndarray  # uint8 [B or 1, T, h, w, 3]
+    seconds: dict[str, float] | None = None  # a stage, where asked for with profile=True
+
+    @cached_property
+    def relevance(self) -> list[np.ndarray]:
+        """relevance[row] float32 [frames]."""
+        return [row[:n] for row, n in zip(np.asarray(self.scores), self.frames, strict=True)]
+
+    @cached_property
+    def candidates(self) -> list[np.ndarray]:
+        """candidates[row] int [n]: the most relevant frames, in time order."""
+        return _chosen(self.selection.candidates)
+
+    @cached_property
+    def selected(self) -> list[np.ndarray]:
+        """selected[row] int [n]: the frames that were looked at in detail, in time order."""
+        return _chosen(self.selection.selected)
+
+    def row(self, index: int) -> "RewindTrace":
+        """That of one row of the batch."""
+        here, rows = slice(index, index + 1), len(self.frames)
+        once = {} if len(self.times) == 1 else {"times": self.times[here], "thumbnails": self.thumbnails[here]}
+        return dataclasses.replace(
+            self,
+            frames=self.frames[here],
+            cache_bytes=self.cache_bytes // rows,
+            detail_bytes=self.detail_bytes // rows if once else self.detail_bytes,
+            scores=self.scores[here],
+            selection=jax.tree.map(lambda x: x[here], self.selection),
+            **once,
+        )
+
+
+def _chosen(chosen: Chosen) -> list[np.ndarray]:
+    return [row[real] for row, real in zip(np.asarray(chosen.indices), np.asarray(chosen.valid), strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
