@@ -9,7 +9,7 @@ from functools import singledispatch
 import numpy as np
 
 from longvid_jax.systems.base import VideoModel
-from longvid_jax.systems.results import Account, AdaCM2Trace, Answer, Trace
+from longvid_jax.systems.results import Account, AdaCM2Trace, Answer, RewindTrace, Trace
 from longvid_jax.video import Video
 
 MARKED = 0.5  # a temporal patch is a keyframe if DPSelect marks at least this share of it
@@ -185,6 +185,40 @@ def held_counts(trace: AdaCM2Trace) -> np.ndarray:
 def held_places(trace: AdaCM2Trace) -> np.ndarray:
     """int [L, P]: how many tokens from each place of a frame each layer holds (B = 1): 0 the class token, patches."""
     return np.stack([np.bincount(rows[0][:, 1], minlength=trace.tokens) for rows in trace.kept])
+
+
+# --- ReWind -----------------------------------------------------------------------------------------------------------
+
+
+@describe_trace.register
+def _(trace: RewindTrace) -> dict:
+    """selected: the frames looked at in detail, in time order; candidates: those they were chosen from."""
+    frames, scores = int(trace.frames[0]), trace.relevance[0]
+    chosen = {
+        name: [{"frame": int(n), "time": float(trace.times[0, n]), "relevance": float(scores[n])} for n in frames_of[0]]
+        for name, frames_of in (("candidates", trace.candidates), ("selected", trace.selected))
+    }
+    return {
+        "frames": frames,
+        "tokens": frames * int(np.prod(trace.grid)),
+        "tokens_kept": frames * trace.tokens,
+        "grid": list(trace.grid),
+        "cache_bytes": trace.cache_bytes,
+        "cache_bytes_uncompressed": trace.cache_bytes_uncompressed,
+        "detail_bytes": trace.detail_bytes,
+        "capacity": trace.capacity,
+        "relevance": scores.tolist(),
+        **chosen,
+    }
+
+
+@in_words.register
+def _(trace: RewindTrace) -> str:
+    frames = int(trace.frames[0])
+    return (
+        f"{frames} frames became {frames * trace.tokens:,} tokens in a memory of {_megabytes(trace.cache_bytes)} MB; "
+        f"{len(trace.selected[0])} of them were looked at again in detail"
+    )
 
 
 def _megabytes(count: int) -> str:

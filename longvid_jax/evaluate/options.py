@@ -19,10 +19,17 @@ RETAKE = {  # of the command line -> of lv.ReTaKe
     "prompt_guided": "prompt_guided",
 }
 ADACM2 = {name: name for name in ("alpha", "beta", "carry_queries")}
-BEAMS = ("num_beams", "length_penalty", "min_new_tokens")  # ways to decode that AdaCM2 has
+REWIND = {
+    name: name for name in ("clip_frames", "num_candidates", "num_selected", "num_neighbors", "detail", "offload")
+}
+BEAMS = ("num_beams", "length_penalty", "min_new_tokens")  # ways to decode that AdaCM2 and ReWind have
 NONE = "none"
-METHODS = {"retake": RETAKE, "adacm2": ADACM2}
-SAYS = {"retake": "ReTaKe (on a Qwen2-VL)", "adacm2": "AdaCM2 (on an InstructBLIP)"}
+METHODS = {"retake": RETAKE, "adacm2": ADACM2, "rewind": REWIND}
+SAYS = {
+    "retake": "ReTaKe (on a Qwen2-VL)",
+    "adacm2": "AdaCM2 (on an InstructBLIP)",
+    "rewind": "ReWind (on a model of its own)",
+}
 KEEP_RATIO = 0.25
 
 
@@ -57,13 +64,21 @@ def add_method(parser: argparse.ArgumentParser, *, plain: bool = False) -> None:
         action=argparse.BooleanOptionalAction,
         help="a frame's queries go on from those of the frame before (default: as the model was trained)",
     )
+    group = parser.add_argument_group("with a ReWind (arXiv 2411.15556)")
+    number = {"type": int, "metavar": "N"}
+    group.add_argument("--clip-frames", **number, help="frames perceived together (default: 8)")
+    group.add_argument("--num-candidates", **number, help="most relevant frames, among which (default: 64)")
+    group.add_argument("--num-selected", **number, help="frames are chosen to be looked at in detail (default: 8)")
+    group.add_argument("--num-neighbors", **number, help="frames that make one dense (default: 5)")
+    group.add_argument("--detail", choices=("buffer", "redecode"), help="where details come from (default: buffer)")
+    group.add_argument("--offload", action="store_true", default=None, help="keep details in the host's memory")
 
 
 def add_beams(group) -> None:
-    """What `beams` reads: ways to decode that only AdaCM2 has."""
-    group.add_argument("--num-beams", type=int, metavar="N", help="of a search for the likeliest answer (InstructBLIP)")
+    """What `beams` reads: ways to decode that not all systems have."""
+    group.add_argument("--num-beams", type=int, metavar="N", help="of a search for the likeliest answer (not Qwen2-VL)")
     group.add_argument("--length-penalty", type=float, metavar="F", help="above 1 for longer answers of that search")
-    group.add_argument("--min-new-tokens", type=int, metavar="N", help="at least (InstructBLIP)")
+    group.add_argument("--min-new-tokens", type=int, metavar="N", help="at least (not Qwen2-VL)")
 
 
 def _shares(text: str) -> float | tuple[float, ...]:
@@ -87,16 +102,17 @@ def check(arguments: argparse.Namespace) -> None:
             raise OptionError(
                 f"only {SAYS[name]} takes {_flags(given)}, but --method is {arguments.method}; leave one out."
             )
-    both = [_given(arguments, fields) for fields in METHODS.values()]
-    if all(both):
-        flags = [_flags(given) for given in both]
-        raise OptionError(f"{flags[0]} and {flags[1]} are of two systems; leave out those that are not the model's.")
+    several = [_flags(given) for fields in METHODS.values() if (given := _given(arguments, fields))]
+    if len(several) > 1:
+        raise OptionError(
+            f"{several[0]} and {several[1]} are of two systems; leave out those that are not the model's."
+        )
 
 
 def method(arguments: argparse.Namespace, path: str | os.PathLike):
-    """The lv.ReTaKe or lv.AdaCM2 that is asked for, or None, for the checkpoint at a path; says what is not for it.
+    """The lv.ReTaKe, lv.AdaCM2 or lv.ReWind that is asked for, or None, for the checkpoint at a path.
 
-    Raises OptionError for options of the other system, and CheckpointError if there is no checkpoint.
+    Raises OptionError for options of another system, and CheckpointError if there is no checkpoint.
     """
     from longvid_jax import convert
     from longvid_jax.systems.loading import SYSTEMS
@@ -113,11 +129,14 @@ def method(arguments: argparse.Namespace, path: str | os.PathLike):
             what = _flags(given) if given else f"--method {name}"
             raise OptionError(f"{what} is for {SAYS[name]}, but {path} is a {architecture} model; leave it out.")
     given = [name for name in BEAMS if getattr(arguments, name, None) is not None]
-    if given and own != "adacm2":
+    if given and own == "retake":
         raise OptionError(
-            f"{_flags(given)} is for answers of an InstructBLIP, but {path} is a {architecture} model; leave it out."
+            f"{_flags(given)} is for answers of an InstructBLIP or a ReWind, but {path} is a {architecture} model; "
+            "leave it out."
         )
     given = _given(arguments, METHODS[own])
+    if own == "rewind" and arguments.method == NONE:
+        raise OptionError(f"{path} is a ReWind, which does not run without its memory; leave out --method none.")
     if arguments.method == NONE or (arguments.plain and arguments.method is None and not given):
         return None
     choices = {METHODS[own][name]: value for name, value in given.items()}

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from longvid_jax.evaluate import adacm2_figure
+from longvid_jax.evaluate import adacm2_figure, rewind_figure
 from longvid_jax.evaluate import timeline_panels as panels
 from longvid_jax.evaluate import timeline_questions as asked
 from longvid_jax.evaluate.ask import MARKED, kept_share
 from longvid_jax.evaluate.canvas import Canvas, check
 from longvid_jax.evaluate.timeline_panels import Axis, clock
 from longvid_jax.evaluate.timeline_questions import Span
-from longvid_jax.systems.results import AdaCM2Trace, Trace
+from longvid_jax.systems.results import AdaCM2Trace, RewindTrace, Trace
 from longvid_jax.video import Video
 
 __all__ = ["Span", "check", "clock", "plot"]
@@ -23,10 +23,16 @@ __all__ = ["Span", "check", "clock", "plot"]
 THUMBNAILS = 7
 
 
-def plot(trace: Trace | AdaCM2Trace, video: Video, path: str | os.PathLike, *, questions: Sequence[Span] = ()) -> Path:
+def plot(
+    trace: Trace | AdaCM2Trace | RewindTrace,
+    video: Video,
+    path: str | os.PathLike,
+    *,
+    questions: Sequence[Span] = (),
+) -> Path:
     """Writes the timeline of one watched video (B = 1) as .png or .pdf and returns its path.
 
-    AdaCM2's is as adacm2_figure has it; this is ReTaKe's.
+    AdaCM2's is as adacm2_figure has it, ReWind's as rewind_figure; this is ReTaKe's.
     From the top: the sizes of the cache; frames at the strongest key frames; where the answers to `questions` are to be
     seen (objects with what a `Span` has); DPSelect's distance of each temporal patch to its predecessor, with dots
     where at least half of a patch is marked; the share of each patch's tokens that each layer kept. Without DPSelect
@@ -34,6 +40,8 @@ def plot(trace: Trace | AdaCM2Trace, video: Video, path: str | os.PathLike, *, q
     """
     if isinstance(trace, AdaCM2Trace):
         return adacm2_figure.plot(trace, video, path, questions=questions)
+    if isinstance(trace, RewindTrace):
+        return rewind_figure.plot(trace, video, path, questions=questions)
     check(path)
     times, share, change = trace.times[0], kept_share(trace), None
     axis = Axis(times[0], max(video.probe.duration, times[-1] + 1e-3))

@@ -118,9 +118,18 @@ def level(top: float, change: np.ndarray) -> np.ndarray:
     return top + TITLE + CURVE - CURVE / 1.06 * change / max(change.max(), 1e-6)
 
 
-def change(canvas: Canvas, axis: Axis, top: float, times: np.ndarray, change: np.ndarray, marked: np.ndarray) -> None:
-    """The curve, and a dot on each marked patch."""
-    title(canvas, top, "Change of the picture (1 - cosine to the moment before)", [(ACCENT, "key frame")])
+def change(
+    canvas: Canvas,
+    axis: Axis,
+    top: float,
+    times: np.ndarray,
+    change: np.ndarray,
+    marked: np.ndarray,
+    says: str = "Change of the picture (1 - cosine to the moment before)",
+    name: str = "key frame",
+) -> None:
+    """The curve, and a dot on each marked moment."""
+    title(canvas, top, says, [(ACCENT, name)])
     base, xs, ys = top + TITLE + CURVE, axis(times), level(top, change)
     if len(times) > 1:
         # Of points that share half a pixel the highest is drawn.
@@ -184,11 +193,16 @@ def kept(
             canvas.text((LEFT - 12, y), f"{layer}", SMALL, MUTED, "rm")
         if layer and cell > 20:
             canvas.line([(LEFT, y + cell / 2), (RIGHT, y + cell / 2)], "#ffffff", 1)
+    ticks(canvas, axis, bottom)
+    scale(canvas, top - TITLE, most, power)
+
+
+def ticks(canvas: Canvas, axis: Axis, bottom: float) -> None:
+    """The clock, below a panel that ends there."""
     for time in axis.ticks():
         x = axis(time)
         canvas.line([(x, bottom), (x, bottom + 7)], FAINT, 1.5)
         canvas.text((x, bottom + 34), axis.say(time), SMALL, INK, "ms")
-    scale(canvas, top - TITLE, most, power)
 
 
 def _cell(layers: int) -> float:

@@ -137,6 +137,12 @@ class RewindTrace:
     thumbnails: np.ndarray  # uint8 [B or 1, T, h, w, 3]
     seconds: dict[str, float] | None = None  # a stage, where asked for with profile=True
 
+    @property
+    def cache_bytes_uncompressed(self) -> int:
+        """The same with a token for each patch of the frames watched."""
+        held = self.cache_bytes // (self.capacity * len(self.frames) * self.tokens)
+        return held * int(self.frames.sum()) * int(np.prod(self.grid))
+
     @cached_property
     def relevance(self) -> list[np.ndarray]:
         """relevance[row] float32 [frames]."""

@@ -31,7 +31,11 @@ from longvid_jax.train.initial import scaled
 from longvid_jax.train.parts import checked, take
 
 ADAPTERS = ".*/lora_[ab]"
-INSTRUCTED = ("instructblip", "world_towers", "rewind")  # model types that read the question with a BERT's tokenizer, too
+INSTRUCTED = (
+    "instructblip",
+    "world_towers",
+    "rewind",
+)  # model types that read the question with a BERT's tokenizer, too
 # Keys of a config.json that hang on the tokenizer: the token each is the number of.
 TOKENS = {
     "bos_token_id": "<|endoftext|>",

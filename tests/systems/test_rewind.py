@@ -9,35 +9,17 @@ import pytest
 
 import longvid_jax as lv
 from longvid_jax.errors import VideoWarning
-from longvid_jax.train import config, models
-from longvid_jax.train.export import export
 from longvid_jax.video.synthetic import World
 from longvid_jax.video.synthetic_file import write_video
 from tests.memory.test_frame_selection import numpy_density_peaks
 from tests.models.rewind_oracle import Oracle
-from tests.systems.small_adacm2 import QUESTIONS, batch_of, same, watch, with_random
-
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-MODEL = {
-    "model_type": "rewind",
-    "vision_config": SIZES | {"image_size": 28, "patch_size": 7},
-    "bert_config": SIZES | {"max_position_embeddings": 24},
-    "text_config": SIZES | {"model_type": "llama", "rms_norm_eps": 1e-6},
-    "width": 16,
-    "perceiver_layers": 1,
-    "heads": 2,
-    "num_queries": 3,
-    "detail_tokens": 4,
-}
-CHOICES = {"clip_frames": 4, "num_candidates": 6, "num_selected": 3, "num_neighbors": 2}
+from tests.systems.small_adacm2 import QUESTIONS, batch_of, same, watch
+from tests.systems.small_rewind import CHOICES, make
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random model with both tokenizers, as training writes it."""
-    wanted = config.resolve({"model": MODEL, "stages": ({"steps": 1},)})
-    model, module = models.build(wanted)
-    return export(with_random(module), model, wanted, tmp_path_factory.mktemp("rewind"))
+    return make(tmp_path_factory.mktemp("rewind"))
 
 
 @pytest.fixture(scope="module")
