@@ -40,7 +40,7 @@ def test_an_account_and_a_figure(succeeds, checkpoint, movie, tmp_path):
     assert {one["frame"] for one in trace["selected"]} <= {one["frame"] for one in trace["candidates"]}
     out, err = succeeds(*asked, "--plot", figure)
     told = [line for one in result["answers"] for line in (f"> {one['question']}", cli.printable(one["text"]))]
-    assert out == "\n".join([*told, ""])
+    assert out == "\n".join([*told, ""]) and "transformers" not in err
     assert "20 frames became 40 tokens in a memory of" in err and "3 of them were looked at again in detail" in err
     with Image.open(figure) as image:
         assert image.width == 1800 and np.asarray(image.convert("L")).std() > 10

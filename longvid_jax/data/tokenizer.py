@@ -69,10 +69,15 @@ def load_tokenizer(folder: str | Path):
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
         return None
-    from transformers import AutoTokenizer  # seconds to import; token ids alone do not need it
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # seconds to import, which token ids do not need
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        about = folder / "tokenizer_config.json"
+        told = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        # AutoTokenizer would ask config.json, too, and warn of types of models that are not transformers'.
+        plain = told.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
+        kind = PreTrainedTokenizerFast if plain else AutoTokenizer
+        return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be read ({error}); fetch tokenizer.json again."
