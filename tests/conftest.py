@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.quickly import environment
+
 # What a shell starts in the background ignores Ctrl-C, and so would all programs that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -32,12 +34,10 @@ _left_out: Counter[tuple[str, str]] = Counter()
 # A setting of jax and not XLA_FLAGS, which programs started by tests would inherit: a user has one CPU device.
 jax.config.update("jax_num_cpu_devices", DEVICES)
 
-# Most of the tests' time is that of XLA's compiler, whose backend is told to hurry: LONGVID_TEST_OPTIMIZED=1 tests what
-# users run, in twice the time. XLA reads its flags once, and programs that tests start are a user's.
-QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes --xla_cpu_use_fusion_emitters=false"
+# XLA reads its flags once. Programs that tests start get none of them: they are a user's.
 with pytest.MonkeyPatch.context() as patch:
-    if os.environ.get("LONGVID_TEST_OPTIMIZED") != "1":
-        patch.setenv("XLA_FLAGS", f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}")
+    for name, value in environment().items():
+        patch.setenv(name, value)
     jnp.zeros(1).block_until_ready()
 
 

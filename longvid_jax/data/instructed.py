@@ -3,7 +3,7 @@
 Letters: B videos of a batch, A questions asked about each, T frames, N tokens of the decoder, S of the Q-Former.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -45,7 +45,8 @@ class InstructedBatches:
     the decoder reads them; targets int32 and weights float32 [B, A, N]; groups int32 [B, A * N]: the number of the
     question, 1 and up, or -1, as evaluations want it.
 
-    frames, text: buckets of T and N, ascending. queries: of the model. reads: tokens of a question at most.
+    frames, text: buckets of T and N, ascending. queries: how many vectors stand for a video of T frames. reads: tokens
+    of a question at most.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class InstructedBatches:
         *,
         frames: Sequence[int],
         text: Sequence[int],
-        queries: int,
+        queries: Callable[[int], int],
         reads: int,
         process: int = 0,
         processes: int = 1,
@@ -77,10 +78,10 @@ class InstructedBatches:
 
     def __getitem__(self, b: int) -> Batch:
         examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
-        told = [self._told(example) for example in examples]
         if len(sizes := {example.size for example in examples}) > 1:
             raise OptionError(f"the videos of a batch have the sizes {sorted(sizes)}; give sources of one size.")
         frames = bucket(self.frames, *max((e.num_frames, e.id) for e in examples), "frames")
+        told = [self._told(example, self.queries(frames)) for example in examples]
         longest = max((len(ids), example.id) for example, rows in zip(examples, told, strict=True) for ids, *_ in rows)
         length = bucket(self.text, *longest, "tokens")
         asked = -(-max(map(len, told)) // ASKED) * ASKED if max(map(len, told)) > 1 else 1
@@ -90,19 +91,18 @@ class InstructedBatches:
         for row in range(self.process * share, (self.process + 1) * share):
             arrays = self._row(examples[row], told[row], asked, length, reads)
             try:
-                arrays |= _shown(examples[row], frames)
+                arrays |= shown(examples[row], frames)
             except VideoError as error:
                 undecodable[examples[row].id] = str(error)
                 arrays["weights"][:] = 0
-                arrays |= _blank(examples[row], frames)
+                arrays |= blank(examples[row], frames)
             rows.append(arrays)
         return Batch(b, {name: np.stack([row[name] for row in rows]) for name in rows[0]}, tuple(examples), undecodable)
 
-    def _told(self, example: Example) -> list[tuple]:
+    def _told(self, example: Example, queries: int) -> list[tuple]:
         try:
             return [
-                conversation(self.tokenizer, *turns[0], self.video_token, self.queries)
-                for turns in example.conversations
+                conversation(self.tokenizer, *turns[0], self.video_token, queries) for turns in example.conversations
             ]
         except LongvidError as error:
             raise type(error)(f"{example.id}: {error}") from error
@@ -133,7 +133,8 @@ class InstructedBatches:
         return arrays | {"groups": arrays["groups"].reshape(-1)}
 
 
-def _shown(example: Example, frames: int) -> dict[str, np.ndarray]:
+def shown(example: Example, frames: int) -> dict[str, np.ndarray]:
+    """The frames of an example, up to so many, with their numbers, and which of them there are."""
     read = example.frames()[:frames]
     pixels = np.zeros((frames, *example.size, 3), np.uint8)
     pixels[: len(read)] = read
@@ -141,7 +142,8 @@ def _shown(example: Example, frames: int) -> dict[str, np.ndarray]:
     return {"frames": pixels, "number": number.astype(np.int32), "shown": np.arange(frames) < len(read)}
 
 
-def _blank(example: Example, frames: int) -> dict[str, np.ndarray]:
+def blank(example: Example, frames: int) -> dict[str, np.ndarray]:
+    """The same where its video cannot be read."""
     shown = np.zeros(frames, bool)
     shown[0] = True  # attention over nothing is not defined
     return {

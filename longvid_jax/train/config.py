@@ -35,6 +35,8 @@ BASE = {
     "towers": "",  # a checkpoint that parts refer to: config.get_ref("towers")
     "frame_positions": {"count": 0, "initial": "zeros"},  # AdaCM2's, where the model has none; or "waves"
     "adacm2": {"alpha": 0.1, "beta": 0.1, "carry_queries": False, "stop_gradient": False, "scores": "attention"},
+    # how ReWind watches and looks back, see train.rewound; truncate: gradients flow through so many clips, 0: all
+    "rewind": {"clip_frames": 8, "num_candidates": 64, "num_selected": 8, "num_neighbors": 5, "truncate": 0},
     "stacked": True,  # layers as one scanned stack, or else each apart
     "compute_dtype": "float32",
     "remat": "none",  # of ops.layers.REMAT
@@ -117,6 +119,13 @@ def resolve(config: Mapping) -> ConfigDict:
     _check(config, "compute_dtype", DTYPES)
     _check(config["frame_positions"], "initial", ("zeros", "waves"), "frame_positions.")
     _check(config["adacm2"], "scores", SCORES, "adacm2.")
+    if config["rewind"]["truncate"] < 0:
+        raise OptionError(f"config.rewind.truncate is {config['rewind']['truncate']}, but must be at least 0.")
+    if config["rewind"]["num_selected"] > config["rewind"]["num_candidates"]:
+        raise OptionError(
+            f"config.rewind.num_selected is {config['rewind']['num_selected']}, but must be at most num_candidates, "
+            f"which is {config['rewind']['num_candidates']}."
+        )
     if config["frame_positions"]["count"] < 0:
         raise OptionError(
             f"config.frame_positions.count is {config['frame_positions']['count']}, but must be at least 0."
@@ -136,6 +145,7 @@ def resolve(config: Mapping) -> ConfigDict:
     for where, values, names in (
         ("", config, ("accumulate", "log_every", "workers", "ahead")),
         ("save.", config["save"], ("every", "keep_last")),
+        ("rewind.", config["rewind"], ("clip_frames", "num_candidates", "num_selected", "num_neighbors")),
         ("eval.", config["eval"], ("batches", "batch_size")),
         *((f"stages[{n}].", stage, ("batch_size",)) for n, stage in enumerate(config["stages"])),
     ):

@@ -25,6 +25,7 @@ from longvid_jax.models.layers import Embed
 from longvid_jax.models.llama import DecoderConfig
 from longvid_jax.models.paths import leaves
 from longvid_jax.models.qwen2_vl import VisionConfig
+from longvid_jax.models.rewind import RewindConfig
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.train.config import plain
 from longvid_jax.train.initial import scaled
@@ -63,6 +64,7 @@ class Model:
     words: Any = None  # the tokenizer of a BERT or a Q-Former, where there is one
     settings: Any = None  # what convert.network_config made of the config.json
     adacm2: Any = None  # how AdaCM2 watches: config.adacm2
+    rewind: Any = None  # how ReWind watches and looks back: config.rewind
     facts: Any = None  # the map of config.towers from facts to vectors, where a stage learns to tell them
 
 
@@ -77,6 +79,8 @@ def build(config, mesh=None) -> tuple[Model, Any]:
         model, module = _with_frames(config, model, module, mesh)
         if config.towers and any(stage.task == "telling" for stage in config.stages):
             model = dataclasses.replace(model, facts=convert.from_huggingface(config.towers, part="facts"))
+    if isinstance(model.settings, RewindConfig):
+        model = dataclasses.replace(model, rewind=plain(config.rewind))
     if config.lora.rank:
         key = jax.random.key(config.seed)
         module = lora.add(module, tuple(config.lora.patterns), config.lora.rank, config.lora.alpha, key=key)

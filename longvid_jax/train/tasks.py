@@ -11,6 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from longvid_jax.data.batches import Batch, Batches, Shapes, mixed
+from longvid_jax.data.contrast import ContrastBatches
 from longvid_jax.data.conversations import ConversationSource
 from longvid_jax.data.facts import FactBatches, FactSource
 from longvid_jax.data.instructed import InstructedBatches
@@ -23,11 +24,13 @@ from longvid_jax.data.world import WorldSource
 from longvid_jax.errors import CheckpointError, DataError, OptionError
 from longvid_jax.memory.adacm2 import Policy
 from longvid_jax.models.instructblip import InstructBlipConfig
+from longvid_jax.models.rewind import RewindConfig
 from longvid_jax.models.towers import TowersConfig
 from longvid_jax.train import losses
 from longvid_jax.train.config import plain, unknown
 from longvid_jax.train.instructed import instructed_tokens, telling
 from longvid_jax.train.models import Model
+from longvid_jax.train.rewound import Looking, contrast, rewound_tokens
 from longvid_jax.video.synthetic import HELD_OUT
 
 
@@ -124,7 +127,8 @@ def _instructed(stage, model: Model, *, seed: int, process: int = 0, processes: 
         )
     return kind(
         _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
-        frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=settings.num_queries,
+        frames=_buckets(stage, "frames"), text=_buckets(stage, "text"),
+        queries=lambda frames: settings.num_queries,
         reads=settings.qformer.max_length, process=process, processes=processes,
     )  # fmt: skip
 
@@ -147,8 +151,9 @@ def _instructed_tokens(model: Model, remat: str = "none"):
     return partial(instructed_tokens, **_watching(model), remat=remat)
 
 
-def _instructed_loss(model: Model, remat: str):
-    tokens = _instructed_tokens(model, remat)
+def _questioned_loss(tokens_of: Callable, model: Model, remat: str):
+    """Of a task whose batches have questions and their videos' axis apart."""
+    tokens = tokens_of(model, remat)
 
     def loss(module, batch):
         flat = {"weights": batch["weights"].reshape(batch["weights"].shape[0], -1), "groups": batch["groups"]}
@@ -167,6 +172,48 @@ def _instructblip(model: Model):
     if not isinstance(model.settings, InstructBlipConfig):
         raise OptionError("the task 'instructed' needs an InstructBLIP; change the stage or the model.")
     return model.settings
+
+
+def _looking(model: Model) -> dict:
+    """How ReWind looks, as train.rewound takes it."""
+    return {"looking": Looking(**model.rewind), "mean": model.mean, "std": model.std}
+
+
+def _rewind(model: Model) -> RewindConfig:
+    if not isinstance(model.settings, RewindConfig):
+        raise OptionError("the tasks 'contrast' and 'rewound' need a model of type rewind; change the stage.")
+    if model.words is None:
+        raise CheckpointError(
+            f"the BERT reads questions, but the checkpoint has no {INSTRUCTION}/ with its tokenizer; put it there."
+        )
+    return model.settings
+
+
+def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    settings, looking = _rewind(model), Looking(**model.rewind)
+    return InstructedBatches(
+        _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
+        frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=partial(looking.vectors, settings),
+        reads=settings.bert.max_length, process=process, processes=processes,
+    )  # fmt: skip
+
+
+def _rewound_tokens(model: Model, remat: str = "none"):
+    return partial(rewound_tokens, **_looking(model), remat=remat)
+
+
+def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+    settings = _rewind(model)
+    if not settings.contrast_width:
+        raise OptionError("the task 'contrast' needs a model with contrast_width; give one in config.model.")
+    return ContrastBatches(
+        _examples(stage, seed), model.words, stage.batch_size, frames=_buckets(stage, "frames"),
+        reads=settings.bert.max_length, process=process, processes=processes,
+    )  # fmt: skip
+
+
+def _contrast_loss(model: Model, remat: str):
+    return partial(contrast, **_looking(model), remat=remat)
 
 
 class _Towers:
@@ -207,7 +254,9 @@ TASKS = {
     "naming": Task(_moments, _naming_loss, None),
     "facts": Task(_facts, _fact_loss, _fact_tokens),
     "towers": Task(_tower_batches, _tower_loss, None),
-    "instructed": Task(_instructed, _instructed_loss, _instructed_tokens),
+    "instructed": Task(_instructed, partial(_questioned_loss, _instructed_tokens), _instructed_tokens),
+    "contrast": Task(_contrasted, _contrast_loss, None),
+    "rewound": Task(_rewound, partial(_questioned_loss, _rewound_tokens), _rewound_tokens),
     "telling": Task(partial(_instructed, kind=TellingBatches), _telling, None),
 }
 

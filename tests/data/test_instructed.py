@@ -202,7 +202,9 @@ def test_processes_share_a_batch(make):
 
 
 def test_without_a_q_former_that_reads(llama):
-    batch = InstructedBatches([example("a")], llama, None, None, 1, frames=(4,), text=(16,), queries=2, reads=512)[0]
+    batch = InstructedBatches(
+        [example("a")], llama, None, None, 1, frames=(4,), text=(16,), queries=lambda frames: 2, reads=512
+    )[0]
     assert batch.arrays["words"].tolist() == [[[-1] * STEP]]
     assert batch.arrays["tokens"][0, 0].tolist() == [0, 0, 1, 3, 4, 5, 6, 7, 8, 2, *[-1] * 6]
 

@@ -64,7 +64,7 @@ def test_batches_have_a_row_of_facts_for_each_question():
             4,
             frames=(16,),
             text=(96,),
-            queries=4,
+            queries=lambda frames: 4,
             reads=64,
             process=process,
             processes=processes,

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from tests import quickly
 from tests.train.runs import losses, run, smallest
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -26,11 +27,15 @@ OFTEN = ("--config.save.every=1",)
 
 def kill_while_saving(folder, cache, after: int) -> bool:
     """Runs until a checkpoint behind step `after` is being written, then kills: whether one was left unfinished."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-    }
+    environment = (
+        os.environ
+        | quickly.environment()
+        | {
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        }
+    )
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, folder, json.dumps(OFTEN)], env=environment)
     while process.poll() is None:
         names = list((folder / "checkpoints").glob("*"))

@@ -1,0 +1,60 @@
+"""longvid train --config configs/rewind.py:instruct --workdir DIR --config.checkpoint=REWIND --config.data=chat.json --config.videos=FOLDER
+
+ReWind's stages (arXiv 2411.15556) on a checkpoint of model_type rewind:
+
+  pretrain  the perceiver alone learns which videos and captions belong together (SigLIP's loss); config.data is in
+            MA-LMM's layout for captions, config.videos holds a file or a folder of frames a video
+  instruct  perceiver, memory, projections and low-rank adapters of the Llama learn to answer; config.data is in LLaVA's
+            layout (see longvid_jax.data.conversations)
+
+Where the paper is silent: AdamW with weight decay 0.05, a cosine to 0, clipping at 1, adapters on all of attention.
+
+smoke_pretrain and smoke_instruct take seconds on the made-up world and learn next to nothing: to see that all of it runs.
+"""  # noqa: E501
+
+from longvid_jax.train.config import base, stage
+
+OWN = ("perceiver/.*", "memory/.*", "memory_projection/.*", "detail_projection/.*", "separator")
+ADAPTERS = ".*/lora_[ab]"
+FRAMES = (32, 64, 128, 256)  # of one a second
+SIZE = 28  # pixels of a frame's side, of the smoke variants
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMOKE = {
+    "model_type": "rewind",
+    "vision_config": SIZES | {"image_size": SIZE, "patch_size": 7},
+    "bert_config": SIZES | {"max_position_embeddings": 64},
+    "text_config": SIZES | {"model_type": "llama", "rms_norm_eps": 1e-6},
+    "width": 32,
+    "perceiver_layers": 1,
+    "heads": 2,
+    "num_queries": 4,
+    "detail_tokens": 4,
+    "contrast_width": 32,
+}
+
+
+def get_config(variant: str = "instruct"):
+    config = base()
+    config.remat = "full"
+    config.compute_dtype = "bfloat16"
+    config.save.dtype = "bfloat16"
+    config.optim.weight_decay = 0.05
+    if variant.startswith("smoke_"):
+        return _smoke(config, variant.removeprefix("smoke_"))
+    data = {"file": config.get_ref("data"), "folder": config.get_ref("videos")}
+    if variant == "pretrain":
+        config.trainable = ("perceiver/.*", "contrast/.*")
+        config.optim.lr, config.optim.warmup = 1e-4, 500
+        source = {"kind": "captions", **data, "num_frames": 32, "train": True}
+        config.stages = (stage(task="contrast", steps=10_000, batch_size=64, sources=(source,), frames=(32,)),)
+        return config
+    if variant == "instruct":
+        config.trainable = (*OWN, ADAPTERS)
+        config.lora.rank, config.lora.alpha, config.lora.patterns = 64, 32.0, ("text/.*/attention/[qkvo]",)
+        config.optim.lr, config.optim.warmup = 5e-5, 2000
+        config.rewind.truncate = 4
+        source = {"kind": "conversations", **data, "fps": 1.0, "max_frames": FRAMES[-1]}
+        stages = stage(task="rewound", steps=100_000, batch_size=64, sources=(source,), frames=FRAMES, text=TEXT)
+        config.stages = (stages,)
+        return config
+    raise ValueError(f"there is no variant {variant!r}, but pretrain, instruct, smoke_pretrain and smoke_instruct")

@@ -1,0 +1,116 @@
+"""The losses of ReWind's stages (arXiv 2411.15556): captions told apart, and answers from a memory and a few frames.
+
+Letters: B videos, A questions about each, T frames, P patches of width W, N tokens of the decoder, S of the BERT.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from longvid_jax.memory import rewind
+from longvid_jax.models.rewind import Rewind, RewindConfig
+from longvid_jax.train.losses import token_losses
+from longvid_jax.train.siglip import siglip
+from longvid_jax.video.preprocess import normalise
+
+
+@dataclasses.dataclass(frozen=True)
+class Looking:
+    """How a video is watched and looked back at, as systems.rewind.ReWind has it; truncate: 0 for all clips."""
+
+    clip_frames: int = 8
+    num_candidates: int = 64
+    num_selected: int = 8
+    num_neighbors: int = 5
+    truncate: int = 0
+
+    def room(self, frames: int) -> int:
+        """Frames of a memory for so many: whole clips."""
+        return -(-frames // self.clip_frames) * self.clip_frames
+
+    def vectors(self, config: RewindConfig, frames: int) -> int:
+        """How many stand before the words for a video of so many frames; see Rewind.told."""
+        written = self.room(frames) * config.perceiver.num_write
+        return written + 1 + self.num_selected * config.detail_tokens
+
+
+def rewound_tokens(
+    model: Rewind, batch: Mapping[str, jax.Array], *, looking: Looking, mean, std, remat: bool | str = False
+) -> tuple[jax.Array, jax.Array]:
+    """The losses of the next tokens [B, A * N], and which of them lead: of data.instructed.InstructedBatches.
+
+    Which frames are looked at in detail is no matter of gradients; that the memory can be asked is learned by reading.
+    """
+    asked = batch["tokens"].shape[1]
+    pixels = normalise(batch["frames"], mean, std)
+    patch = model.config.vision.patch
+    grid = pixels.shape[2] // patch, pixels.shape[3] // patch
+    features = model.features(pixels, remat=remat)  # [B, T, P, W]
+    details = rewind.pool(features, grid, model.config.detail_tokens)
+    features, details, shown = (jnp.repeat(x, asked, axis=0) for x in (features, details, batch["shown"]))
+    words = batch["words"].reshape(-1, batch["words"].shape[-1])
+    instruction = model.instruct(jnp.maximum(words, 0), words >= 0)
+
+    config, room = model.config.perceiver, looking.room(shown.shape[1])
+    memory = rewind.watch(
+        rewind.empty(len(words), room, config.num_write, config.width, features.dtype),
+        rewind.in_clips(features, shown, looking.clip_frames),
+        *model.cycle(instruction, remat=remat),
+        truncate=looking.truncate or None,
+        remat=remat,
+    )
+    selected = rewind.select(
+        jax.lax.stop_gradient(memory),
+        jax.lax.stop_gradient(model.asked(instruction)),
+        num_candidates=looking.num_candidates,
+        num_select=looking.num_selected,
+        num_neighbors=looking.num_neighbors,
+    )[1].selected
+    details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
+    vectors, there = model.told(memory.tokens, memory.valid, details, selected.valid)
+    return _said(model, vectors, there, batch, remat)
+
+
+def _said(model: Rewind, vectors: jax.Array, there: jax.Array, batch, remat) -> tuple[jax.Array, jax.Array]:
+    """What the decoder makes of vectors [B * A, V, width], those `there` [B * A, V], and words."""
+    tokens, places = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "places"))
+    words, at = model.text.embed(jnp.maximum(tokens, 0)), jnp.maximum(places, 0)
+    seen = jnp.take_along_axis(vectors.astype(words.dtype), at[..., None], axis=1)
+    x = jnp.where(places[..., None] >= 0, seen, words)
+    valid = (tokens >= 0) & ((places < 0) | jnp.take_along_axis(there, at, axis=1))
+    positions = jnp.maximum(jnp.cumsum(valid, axis=1) - 1, 0)[..., None]
+    positions = jnp.broadcast_to(positions, (*tokens.shape, model.config.text.rope.axes))
+    hidden, _ = model.text(x, positions, valid, remat=remat)
+    losses, right = token_losses(model.text, hidden, batch["targets"].reshape(tokens.shape))
+    rows = batch["tokens"].shape[0]
+    return losses.reshape(rows, -1), right.reshape(rows, -1)
+
+
+def contrast(
+    model: Rewind, batch: Mapping[str, jax.Array], *, looking: Looking, mean, std, remat: bool | str = False
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """How well videos and captions find each other: what pre-training minimises, with no memory and no instruction.
+
+    batch: frames uint8 [B, T, H, W, 3] and shown bool [B, T], captions int32 [B, S] in the BERT's tokens (-1: padding).
+    Gives SigLIP's sum, the number of videos, and of how many the own caption is the nearest.
+    """
+    features = model.features(normalise(batch["frames"], mean, std), remat=remat)
+    clips = rewind.in_clips(features, batch["shown"], looking.clip_frames)
+    count, rows, frames = clips.valid.shape
+    together = jax.tree.map(lambda x: x.reshape(count * rows, *x.shape[2:]), clips)
+    numbers = jnp.arange(count * frames).reshape(count, 1, frames)
+    numbers = jnp.broadcast_to(numbers, clips.valid.shape).reshape(count * rows, frames)
+    queries = model.perceiver.queries(count * rows)
+    seen = model.perceiver(queries, together.features, numbers, together.valid, remat=remat)
+    seen = jnp.moveaxis(seen.reshape(count, rows, *seen.shape[1:]), 1, 0).reshape(rows, -1, *seen.shape[2:])
+    valid = jnp.moveaxis(clips.valid, 1, 0).reshape(rows, -1)
+    video = model.contrast.of_video(seen, valid)
+    captions = batch["captions"]
+    read, _ = model.bert(jnp.maximum(captions, 0), captions >= 0)
+    caption = model.contrast.of_caption(read[:, 0])
+    scale = [x[...].astype(jnp.float32)[0] for x in (model.contrast.temperature, model.contrast.offset)]
+    right = ((video @ caption.T).argmax(1) == jnp.arange(rows)) & batch["shown"].any(1)
+    tokens = (captions >= 0).sum(dtype=jnp.float32)
+    return siglip(video, caption, *scale), jnp.float32(rows), {"right": right.sum(dtype=jnp.float32), "tokens": tokens}
