@@ -16,7 +16,9 @@ from longvid_jax.train.config import base, stage
 
 OWN = ("perceiver/.*", "memory/.*", "memory_projection/.*", "detail_projection/.*", "separator")
 ADAPTERS = ".*/lora_[ab]"
+LORA = "text/layers/attention/[qkvo]"
 FRAMES = (32, 64, 128, 256)  # of one a second
+TEXT = (384, 512, 768, 1024, 1280)  # what stands for the video included: 2 vectors a frame and 257
 SIZE = 28  # pixels of a frame's side, of the smoke variants
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SMOKE = {
@@ -50,7 +52,7 @@ def get_config(variant: str = "instruct"):
         return config
     if variant == "instruct":
         config.trainable = (*OWN, ADAPTERS)
-        config.lora.rank, config.lora.alpha, config.lora.patterns = 64, 32.0, ("text/.*/attention/[qkvo]",)
+        config.lora.rank, config.lora.alpha, config.lora.patterns = 64, 32.0, (LORA,)
         config.optim.lr, config.optim.warmup = 5e-5, 2000
         config.rewind.truncate = 4
         source = {"kind": "conversations", **data, "fps": 1.0, "max_frames": FRAMES[-1]}
@@ -58,3 +60,28 @@ def get_config(variant: str = "instruct"):
         config.stages = (stages,)
         return config
     raise ValueError(f"there is no variant {variant!r}, but pretrain, instruct, smoke_pretrain and smoke_instruct")
+
+
+def _smoke(config, which: str):
+    config.compute_dtype = config.save.dtype = "float32"
+    config.remat = "none"
+    config.model = SMOKE
+    config.rewind.update({"clip_frames": 4, "num_candidates": 6, "num_selected": 2, "num_neighbors": 2})
+    config.save.every = 2
+    config.log_every = 1
+    source = {"kind": "world", "count": 1000, "seconds": (4.0,), "size": (SIZE, SIZE), "temporal": 1}
+    if which == "pretrain":
+        config.trainable = ("perceiver/.*", "contrast/.*")
+        one = source | {"questions": 1, "families": ("caption",)}
+        config.stages = (stage(task="contrast", steps=4, batch_size=4, sources=(one,), frames=(8,)),)
+        return config
+    if which != "instruct":
+        raise ValueError(f"there is no variant 'smoke_{which}', but smoke_pretrain and smoke_instruct")
+    config.trainable = (*OWN, ADAPTERS)
+    config.lora.rank, config.lora.alpha, config.lora.patterns = 2, 4.0, (LORA,)
+    several = source | {"questions": 4}
+    shapes = {"batch_size": 2, "frames": (8,), "text": (128,)}
+    config.stages = (stage(task="rewound", steps=4, sources=(several,), **shapes),)
+    held_out = several | {"split": "validation"}
+    config.eval = {"every": 4, "task": "rewound", "batches": 1, "sources": (held_out,), **shapes}
+    return config
