@@ -1,0 +1,236 @@
+"""ReWind's losses: answers as the system would give them, SigLIP's against NumPy, and runs of its configs."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import longvid_jax as lv
+from longvid_jax.errors import OptionError
+from longvid_jax.models.perceiver import Contrast
+from longvid_jax.scale.mesh import make_mesh
+from longvid_jax.train import config
+from longvid_jax.train.parameters import split
+from longvid_jax.train.rewound import Looking, contrast, rewound_tokens
+from longvid_jax.train.siglip import siglip
+from tests.systems.small_adacm2 import QUESTIONS, batch_of
+from tests.systems.small_rewind import CHOICES, make
+from tests.train.runs import losses, run
+
+LOOKING = Looking(**CHOICES)
+LENGTHS = (10, 3)  # frames of two videos: more than a clip, and fewer than are candidates
+FRAMES = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return lv.load(make(tmp_path_factory.mktemp("rewind")), method=lv.ReWind(**CHOICES))
+
+
+def questions_about(model, pixels) -> dict[str, np.ndarray]:
+    """Two questions about each of two videos, whose answers are three tokens."""
+    count = LOOKING.vectors(model.model.config, FRAMES)
+    words, rows = np.full((2, 2, 24), -1, np.int32), {}
+    tokens, places = (np.full((2, 2, count + 48), -1, np.int32) for _ in range(2))
+    weights = np.zeros(tokens.shape, np.float32)
+    for v, a in np.ndindex(2, 2):
+        question = QUESTIONS[v + a]
+        ids, where = (x[0] for x in model._prompts([question]))
+        at, end = int(np.argmax(where == 0)), int((ids >= 0).sum())
+        row = [*ids[:at], *[0] * count, *ids[at + 1 : end], *(7, 8, 9)]
+        tokens[v, a, : len(row)] = row
+        places[v, a, at : at + count] = np.arange(count)
+        weights[v, a, len(row) - 4 : len(row) - 1] = 1
+        told = model.words(question)["input_ids"]
+        words[v, a, : len(told)] = told
+    frames = np.zeros((2, FRAMES, 28, 28, 3), np.uint8)
+    for v, length in enumerate(LENGTHS):
+        frames[v, :length] = pixels[10 * v : 10 * v + length]
+    rows["targets"] = np.maximum(np.roll(tokens, -1, axis=-1), 0)
+    shown = np.arange(FRAMES) < np.array(LENGTHS)[:, None]
+    return (
+        rows
+        | {"frames": frames, "shown": shown, "words": words, "tokens": tokens, "places": places}
+        | {"weights": weights}
+    )
+
+
+@jax.jit
+def tokens_of(module, batch):
+    return rewound_tokens(module, batch, looking=LOOKING, mean=MEAN, std=STD)
+
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return np.random.default_rng(0).integers(0, 256, (45, 28, 28, 3), dtype=np.uint8)
+
+
+def test_answers_are_as_likely_as_the_system_says(model, pixels):
+    """Of the first token of each answer, from the logits that answer() decodes from: whole and ragged."""
+    assert (model.settings.mean, model.settings.std) == (MEAN, STD)
+    batch = questions_about(model, pixels)
+    each, _ = tokens_of(model.model, batch)
+    each = np.asarray(each).reshape(batch["tokens"].shape)
+    for v, a in np.ndindex(2, 2):
+        memory = model.begin(QUESTIONS[v + a])
+        for frames in batch_of([pixels[10 * v : 10 * v + LENGTHS[v]]], 6):
+            memory = model.watch(memory, frames)
+        out, _ = model._decode(model.finish(memory), max_new_tokens=1, keep_logits=True)
+        expected = -np.asarray(jax.nn.log_softmax(out.logits[0, 0]))[7]
+        first = int(np.argmax(batch["weights"][v, a]))
+        # The system keeps details in bfloat16.
+        np.testing.assert_allclose(each[v, a, first], expected, atol=5e-3)
+
+
+def test_all_that_is_trained_has_a_gradient(model, pixels):
+    """But what only the last clip's tokens would change if there were another: their keys."""
+    batch = questions_about(model, pixels)
+    trained = ("perceiver/.*", "memory/.*", "memory_projection/.*", "detail_projection/.*", "separator")
+    structure, params, frozen = split(model.model, trained)
+
+    @jax.jit
+    def gradient(params):
+        each, _ = rewound_tokens(
+            structure.module({**params, **frozen}), batch, looking=LOOKING, mean=MEAN, std=STD, remat="full"
+        )
+        return (each * batch["weights"].reshape(each.shape)).sum()
+
+    def loss(params):
+        return gradient(params)
+
+    grads = jax.grad(loss)(params)
+    still = {path for path, g in grads.items() if not np.abs(np.asarray(g)).max() > 1e-7}
+    assert all(path.endswith("/k/bias") for path in still), still  # which no softmax feels
+    rng = np.random.default_rng(3)
+    along = {path: rng.normal(size=x.shape).astype(np.float32) for path, x in params.items()}
+    step = 1e-3
+    up, down = (float(gradient({p: x + s * along[p] for p, x in params.items()})) for s in (step, -step))
+    slope = sum(float((np.asarray(g, np.float64) * along[path]).sum()) for path, g in grads.items())
+    assert slope == pytest.approx((up - down) / (2 * step), rel=2e-2)
+
+
+def test_truncation_changes_no_value(model, pixels):
+    batch = questions_about(model, pixels)
+    late = dataclasses.replace(LOOKING, truncate=1)
+    values = []
+    for looking in (LOOKING, late):
+        each, _ = jax.jit(lambda m, b, looking=looking: rewound_tokens(m, b, looking=looking, mean=MEAN, std=STD))(
+            model.model, batch
+        )
+        values.append(np.asarray(each))
+    np.testing.assert_allclose(values[0], values[1], atol=1e-5)
+
+
+# --- SigLIP -----------------------------------------------------------------------------------------------------------
+
+
+def by_pairs(video, caption, temperature, offset):
+    """Each pair for itself, float64."""
+    total = 0.0
+    for a, v in enumerate(video):
+        for b, u in enumerate(caption):
+            logit = (1 if a == b else -1) * (math.exp(temperature) * float(v @ u) + offset)
+            total += math.log1p(math.exp(-logit))
+    return total
+
+
+@pytest.fixture
+def vectors():
+    rng = np.random.default_rng(0)
+    both = rng.normal(size=(2, 16, 6))
+    return both / np.linalg.norm(both, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("temperature", "offset"), [(math.log(10), -10.0), (0.3, 0.5)])
+def test_siglip(vectors, temperature, offset):
+    given = [jnp.asarray(x, jnp.float32) for x in (*vectors, temperature, offset)]
+    assert float(siglip(*given)) == pytest.approx(by_pairs(*vectors, temperature, offset), rel=1e-5)
+    alone = jax.jit(jax.value_and_grad(siglip, argnums=(0, 1, 2, 3)))(*given)
+    for axes in ({"data": 8}, {"data": 2, "fsdp": 4}, {"data": 2, "tensor": 4}):
+        with jax.set_mesh(make_mesh(**axes)):
+            spread = jax.jit(jax.value_and_grad(siglip, argnums=(0, 1, 2, 3)))(*given)
+        assert float(spread[0]) == pytest.approx(float(alone[0]), rel=1e-6)
+        for one, other in zip(spread[1], alone[1], strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_no_device_holds_all_captions(vectors):
+    given = [jax.ShapeDtypeStruct((16, 6), jnp.float32)] * 2 + [jax.ShapeDtypeStruct((), jnp.float32)] * 2
+    with jax.set_mesh(make_mesh(data=8)):
+        text = jax.jit(jax.grad(siglip)).lower(*given).compile().as_text()
+    assert "collective-permute" in text and "all-gather" not in text
+
+
+def test_contrast(model, pixels):
+    """Frames that are not shown, and clips of none, change nothing; the n-th caption is the n-th video's."""
+    module = nnx.merge(*nnx.split(model.model))
+    module.contrast = nnx.data(Contrast(module.config.perceiver, 8, rngs=nnx.Rngs(0)))
+    captions = np.full((2, 24), -1, np.int32)
+    for row, text in zip(captions, QUESTIONS, strict=False):
+        told = model.words(text)["input_ids"]
+        row[: len(told)] = told
+    batch = questions_about(model, pixels)
+    given = {"frames": batch["frames"], "shown": batch["shown"], "captions": captions}
+
+    @jax.jit
+    def of(given):
+        return contrast(module, given, looking=LOOKING, mean=MEAN, std=STD)
+
+    total, count, more = of(given)
+    assert count == 2 and more["tokens"] == (captions >= 0).sum()
+    longer = {**given, "shown": np.pad(given["shown"], ((0, 0), (0, 4)))}
+    longer["frames"] = np.pad(given["frames"], ((0, 0), (0, 4), (0, 0), (0, 0), (0, 0)), constant_values=9)
+    longer["captions"] = np.pad(captions, ((0, 0), (0, 8)), constant_values=-1)[:, :24]
+    np.testing.assert_allclose(of(longer)[0], total, rtol=1e-5)
+    turned = {name: x[::-1] for name, x in given.items()}
+    np.testing.assert_allclose(of(turned)[0], total, rtol=1e-5)
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["smoke_pretrain", "smoke_instruct"])
+def test_a_run(variant, tmp_path, kept_programs):
+    result, _ = run(config.load(f"rewind:{variant}"), tmp_path / "run")
+    assert result["step"] == 4 and all(np.isfinite(loss) for loss in losses(tmp_path / "run").values())
+    made = lv.load(result["model"])
+    assert type(made).__name__ == "RewindModel" and (made.model.contrast is not None)
+
+
+def test_recipes():
+    """The paper's numbers."""
+    pretrain, instruct = (config.load(f"rewind:{name}", ["--config.checkpoint=x"]) for name in ("pretrain", "instruct"))
+    assert [(one.stages[0].steps, one.stages[0].batch_size) for one in (pretrain, instruct)] == [
+        (10_000, 64),
+        (100_000, 64),
+    ]
+    assert [(one.optim.lr, one.optim.warmup) for one in (pretrain, instruct)] == [(1e-4, 500), (5e-5, 2000)]
+    assert (instruct.lora.rank, instruct.lora.alpha) == (64, 32.0)
+    assert pretrain.stages[0].task == "contrast" and instruct.stages[0].task == "rewound"
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"rewind": {"clip_frames": 0}}, "config.rewind.clip_frames is 0, but must be at least 1"),
+        ({"rewind": {"truncate": -1}}, "config.rewind.truncate is -1, but must be at least 0"),
+        ({"rewind": {"num_selected": 65}}, "config.rewind.num_selected is 65, but must be at most num_candidates"),
+    ],
+)
+def test_values_that_are_refused(values, fault):
+    with pytest.raises(OptionError, match=fault):
+        config.resolve({"stages": ({"steps": 1},), **values})
+
+
+def test_a_model_of_another_kind(tmp_path):
+    wanted = config.load("rewind:smoke_pretrain")
+    wanted.model.contrast_width = 0
+    with pytest.raises(OptionError, match="needs a model with contrast_width"):
+        run(wanted, tmp_path / "run")
