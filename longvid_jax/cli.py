@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from longvid_jax import cli_eval, cli_train
+from longvid_jax import cli_assemble, cli_eval, cli_train
 from longvid_jax.errors import LongvidError, OptionError, VideoWarning
 from longvid_jax.evaluate import options
 from longvid_jax.terminal import keep_compiled, print_json, printable, progress, say
@@ -79,6 +79,8 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     _convert_arguments(_command(commands, "convert", _convert, "convert a Hugging Face checkpoint to Orbax"))
     _export_arguments(_command(commands, "export", _export, "write a converted checkpoint back as Hugging Face has it"))
+
+    cli_assemble.add_arguments(commands.add_parser("assemble", help="make one checkpoint of several"))
 
     cli_train.add_arguments(_command(commands, "train", cli_train.run, "train a model, or go on with it"))
 
