@@ -19,7 +19,7 @@ PACKAGE = "longvid_jax"
 # Imports go down only: a part imports parts of the lines below its own. Of errors everybody may know.
 FLOORS = (
     ("cli", "__main__"),
-    ("cli_train", "cli_eval"),
+    ("cli_train", "cli_eval", "cli_assemble"),
     ("evaluate", "scale"),
     ("systems", "train"),
     ("data", "convert", "generate"),

@@ -99,7 +99,7 @@ def make(world):
     words = bert_tokenizer()
 
     def make(size=4, examples=None, **how):
-        how = {"frames": (4, 8), "text": (64, 128), "queries": QUERIES, "reads": 64, **how}
+        how = {"frames": (4, 8), "text": (64, 128), "queries": lambda frames: QUERIES, "reads": 64, **how}
         examples = endless(SOURCE, 5) if examples is None else examples
         return InstructedBatches(examples, world, words, video_token(world), size, **how)
 
