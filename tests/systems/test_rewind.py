@@ -169,6 +169,24 @@ def test_details_from_anywhere_are_the_same(load, clip):
     assert model.answer(memory, video=video, max_new_tokens=4).text == answers[0][0].text
 
 
+def test_spread_over_devices_it_is_the_same(folder, load, pixels):
+    """Four videos of different lengths on a mesh: the same memory to 1e-5, the same frames, the same tokens."""
+    mesh = lv.make_mesh(data=2, fsdp=2, tensor=2)
+    spread, model = lv.load(folder, method=lv.ReWind(**CHOICES), mesh=mesh), load()
+    assert not spread.model.perceiver.layers.mlp.fc1.kernel[...].sharding.is_fully_replicated
+    videos, questions = [pixels[:n] for n in (20, 17, 9, 1)], [*QUESTIONS, QUESTIONS[0]]
+    memories = [each.finish(watch(each, questions, videos)) for each in (spread, model)]
+    for name in ("tokens", "keys", "values"):
+        ours, theirs = (getattr(one.written, name) for one in memories)
+        np.testing.assert_allclose(ours[:, :20], theirs[:, :20], atol=1e-5, rtol=0)
+        assert ours.sharding.shard_shape(ours.shape)[0] == 1
+    assert memories[0].details.sharding.shard_shape(memories[0].details.shape)[0] == 1
+    answers = [each.answer(one, max_new_tokens=4) for each, one in zip((spread, model), memories, strict=True)]
+    np.testing.assert_array_equal(answers[0].tokens, answers[1].tokens)
+    for ours, theirs in zip(*(one.trace.selected for one in answers), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_generate_is_watching_and_answering(load, pixels):
     model, question = load(), QUESTIONS[1]
     memory = watch(model, question, [pixels[:10]])
