@@ -27,6 +27,7 @@ KINDS = "a Qwen2-VL or an InstructBLIP"
 BENCHMARKS = {  # each a module evaluate.bench_NAME with add_arguments, run and report
     "retake": "plain against compressed prefill and decoding",
     "adacm2": "the memory cycle, beside the same in a PyTorch loop",
+    "rewind": "the read-perceive-write cycle, beside the same in a PyTorch loop",
     "convert": "converting a large checkpoint, beside copying it",
     "claims": "what a paper says of its method, on the made-up world",
     "train": "training steps fed with examples made on the way, beside batches at hand",

@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -23,6 +21,7 @@ from flax import nnx
 from longvid_jax import convert
 from longvid_jax.convert.settings import Settings
 from longvid_jax.errors import OptionError
+from longvid_jax.evaluate.turns import turns
 from longvid_jax.memory import adacm2
 from longvid_jax.models.instructblip import InstructBlip
 from longvid_jax.systems import adacm2_steps as steps
@@ -93,7 +92,7 @@ def run(arguments: argparse.Namespace) -> dict:
         with tempfile.TemporaryDirectory() as folder:
             theirs, torch_device = load_torch(model, config, folder)
         ways["pytorch"] = naive(theirs, torch_device, given, method, arguments.new_tokens)
-    took = {name: _turns({way: run[name] for way, run in ways.items()}, arguments.repeats) for name in STAGES}
+    took = {name: turns({way: run[name] for way, run in ways.items()}, arguments.repeats) for name in STAGES}
     results = {
         way: {f"{name}_frames_per_second": arguments.frames / took[name][way] for name in STAGES} for way in ways
     }
@@ -253,17 +252,3 @@ def naive(theirs, device: str, given: dict, method: AdaCM2, new_tokens: int) -> 
         ),
         "end_to_end": end_to_end,
     }
-
-
-def _turns(ways: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Seconds of each way, the median of turns; the first, which compiles, does not count."""
-    for way in ways.values():
-        way()
-    turns = [{name: _seconds(way) for name, way in ways.items()} for _ in range(repeats)]
-    return {name: statistics.median(turn[name] for turn in turns) for name in ways}
-
-
-def _seconds(way: Callable) -> float:
-    start = time.perf_counter()
-    way()
-    return time.perf_counter() - start
