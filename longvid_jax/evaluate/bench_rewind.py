@@ -23,6 +23,7 @@ from longvid_jax.memory import rewind
 from longvid_jax.models.paths import leaves
 from longvid_jax.models.perceiver import Instruction, Perceiver, PerceiverConfig, ReadWrite, cycle
 from longvid_jax.systems.loading import default_dtype
+from longvid_jax.train.initial import scaled
 
 # Of the perceiver and what it looks at: patches of a frame, and words of a question.
 SIZES = {
@@ -131,13 +132,14 @@ def report(result: dict) -> str:
 
 
 def build(config: PerceiverConfig, seed: int = 0) -> tuple[Perceiver, ReadWrite]:
-    """Random networks with open gates."""
+    """Random networks through which something gets, with open gates."""
     dtype, stacked = default_dtype(), jax.default_backend() == "tpu"
 
     @jax.jit
     def start():
         rngs = nnx.Rngs(seed)
         made = Perceiver(config, dtype=dtype, stacked=stacked, rngs=rngs), ReadWrite(config, dtype=dtype, rngs=rngs)
+        made = [scaled(module) for module in made]
         places = [leaf.path for leaf in leaves(made[0])]
         values, structure = jax.tree.flatten(made[0])
         opened = [x + 0.5 if path.endswith("gate") else x for path, x in zip(places, values, strict=True)]
