@@ -38,9 +38,13 @@ def test_questions_side_by_side_are_answered_as_each_alone(checkpoint, name, mon
     for one in asked:
         memory = model.watch(model.begin(one.text), frames(videos[one.video], times))
         alone.append(model.answer(memory, max_new_tokens=TOKENS))
-    counted = []
+    counted, warned = [], []
+    monkeypatch.setattr(model, "warn_of_positions", lambda *given: warned.append(given))  # as watching does
     told = world.answers(model, worlds, asked, SETUP.times, SETUP.size, progress=counted.append)
     assert told == [answer.text for answer in alone] and sum(counted) == len(asked) and len(set(told)) > 1
+
+    monkeypatch.undo()
+    assert warned == [([2, 2], 0, 12)]
 
     seen, questions = [], [one.text for one in asked if one.video == 0]
     video = lv.Video(videos[0], native_fps=3, fps=3)

@@ -8,6 +8,7 @@ from longvid_jax.evaluate.world import Setup
 from longvid_jax.video.synthetic import FAMILIES
 
 CONFIGS = {"qwen2vl_world": "qwen2vl_world", "adacm2_world": "adacm2"}
+GOALS = {"needle": 0.92, "presence": 0.93, "order": 0.71, "count": 0.51, "when": 0.46, "state": 0.55}  # of AdaCM2's
 TAUGHT = tuple(family for family in FAMILIES if family != "caption")  # of what AdaCM2's answers
 
 
@@ -34,17 +35,17 @@ def test_it_answers():
 
 
 def test_adacm2s_answers():
-    """The same of what its card says, with eviction; count is little better than guessing, and says so."""
+    """The same of what its card says, with eviction."""
     setup = Setup(seed=1001, examples=240, families=TAUGHT)
     worlds, asked = world.ask(setup)
     model = lv.load(assets.path("adacm2_world"), method=lv.AdaCM2(alpha=0.1, beta=0.9))
     told = world.answers(model, worlds, asked, setup.times, setup.size)
     families = world_scores.by_family(asked, told)
-    for family, goal in {"needle": 0.92, "presence": 0.93, "order": 0.72, "when": 0.42, "state": 0.41}.items():
+    for family, goal in GOALS.items():
         one = families[family]
         error = (goal * (1 - goal) / one["questions"]) ** 0.5
         assert one["accuracy"] > goal - 3 * error > one["chance"], (family, one)
-    assert world_scores.details(asked, told)["when"]["miou"] > 0.5
+    assert world_scores.details(asked, told)["when"]["miou"] > 0.55
 
 
 @pytest.mark.parity
