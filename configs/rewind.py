@@ -1,6 +1,6 @@
 """longvid train --config configs/rewind.py:instruct --workdir DIR --config.checkpoint=REWIND --config.data=chat.json --config.videos=FOLDER
 
-ReWind's stages (arXiv 2411.15556) on a checkpoint of model_type rewind:
+ReWind's stages (arXiv 2411.15556) on a checkpoint that `longvid assemble rewind --contrast-width 256` has made:
 
   pretrain  the perceiver alone learns which videos and captions belong together (SigLIP's loss); config.data is in
             MA-LMM's layout for captions, config.videos holds a file or a folder of frames a video

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> dict:
     config, patches = SIZES[size]
     networks, given = build(config), inputs(config, patches, arguments.frames, arguments.clip_frames)
     start = time.perf_counter()
-    whole = _compiled(watch, networks, *given)
+    whole = watch.lower(networks, *given).compile()
     compile_seconds = time.perf_counter() - start
     clips = arguments.frames // arguments.clip_frames
     ways = {"scan": lambda: jax.block_until_ready(whole(networks, *given))}
@@ -169,39 +170,40 @@ def watch(networks, features: jax.Array, words: jax.Array) -> rewind.TokenMemory
     return rewind.watch(empty, given, *cycle(perceiver, memory, instruction(perceiver, words)))
 
 
-def _compiled(function, *arguments):
-    return function.lower(*arguments).compile()
-
-
 def _clip_by_clip(networks, features: jax.Array, words: jax.Array) -> Callable:
     """The same clip program once a clip, on a memory of the same size that is always as full as at the end."""
     config, (clips, _, frames) = networks[0].config, features.shape[:3]
 
-    @jax.jit
-    def step(networks, memory, features, words):
+    @partial(jax.jit, donate_argnums=1)
+    def step(networks, memory, features, told):
         given = rewind.Clips(features, jnp.ones(features.shape[:2], bool))
-        after = rewind.step(memory, given, *cycle(*networks, instruction(networks[0], words)))
+        after = rewind.step(memory, given, *cycle(*networks, told))
         return rewind.TokenMemory(after.tokens, after.keys, after.values, memory.length)
 
-    room = clips * frames
-    memory = rewind.empty(1, room, config.num_write, config.width, features.dtype)
-    memory = rewind.TokenMemory(memory.tokens, memory.keys, memory.values, jnp.full((1,), room - frames, jnp.int32))
-    donated = jax.jit(step, donate_argnums=1)
+    room, each = clips * frames, list(features)  # cut beforehand, so that the program alone is timed
+    told = _told(networks, words)
+    empty = rewind.empty(1, room, config.num_write, config.width, features.dtype)
 
     def all_clips():
-        state = jax.tree.map(jnp.array, memory)
-        for clip in features:
-            state = donated(networks, state, clip, words)
-        return jax.block_until_ready(state)
+        memory = jax.tree.map(jnp.array, empty)
+        memory = rewind.TokenMemory(memory.tokens, memory.keys, memory.values, jnp.full((1,), room - frames, jnp.int32))
+        for clip in each:
+            memory = step(networks, memory, clip, told)
+        return jax.block_until_ready(memory)
 
     return all_clips
+
+
+@jax.jit
+def _told(networks, words: jax.Array) -> Instruction:
+    return instruction(networks[0], words)
 
 
 def _stages(networks, features: jax.Array, words: jax.Array) -> dict[str, Callable]:
     """Each stage of one clip alone, with a memory as full as at the end."""
     config, (clips, _, frames) = networks[0].config, features.shape[:3]
     room = clips * frames * config.num_write
-    told = jax.jit(lambda networks, words: instruction(networks[0], words))(networks, words)
+    told = _told(networks, words)
     keys = jnp.ones((1, room, config.width), features.dtype)
     queries = jnp.ones((1, config.num_queries + 1, config.width), features.dtype)
     perceived = jnp.ones((1, frames, config.num_queries + 1, config.width), features.dtype)

@@ -129,12 +129,7 @@ class AdaCM2Model(PromptedModel):
         Several questions about one video are rows that may watch the same frames (a Frames of one row). The length of
         the video is not needed.
         """
-        instructions = [instruction] if isinstance(instruction, str) else list(instruction)
-        if video is not None:
-            videos = [video] if isinstance(video, Video) else list(video)
-            if len(videos) not in (1, len(instructions)):
-                raise OptionError(f"{len(instructions)} questions for {len(videos)} videos: give one question a video.")
-        return self._begin(*self._prompts.asking(instructions))
+        return self._begin(*self._prompts.asking(self._questions(instruction, video)))
 
     def _begin(self, instruction: np.ndarray | None, ids: np.ndarray, places: np.ndarray) -> AdaCM2Memory:
         batch = len(ids)
@@ -220,14 +215,9 @@ class AdaCM2Model(PromptedModel):
 
         before, after: how many frames have been watched, and with these.
         """
-        side, known = self.model.config.vision.side, self.model.config.num_frames
-        if not before and tuple(grid) != (side, side):
-            warnings.warn(
-                f"Frames of {grid[0]} x {grid[1]} patches: the model's positions are for {side} x {side}, and are "
-                "interpolated.",
-                VideoWarning,
-                stacklevel=stacklevel + 1,
-            )
+        known = self.model.config.num_frames
+        if not before:
+            self._warn_of_grid(grid, stacklevel + 1)
         if known and before <= known < after:
             warnings.warn(
                 f"The model knows {known} frame positions; frames beyond them all get the last one's.",

@@ -1,15 +1,18 @@
 """Models whose decoder reads a prompt in which vectors stand for the video, and then writes or searches an answer."""
 
 import math
+import warnings
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
-from longvid_jax.errors import OptionError, PromptError
+from longvid_jax.errors import OptionError, PromptError, VideoWarning
 from longvid_jax.generate import Beams, Generated
 from longvid_jax.systems import text_steps
-from longvid_jax.systems.base import MAX_NEW_TOKENS, VideoModel
+from longvid_jax.systems.base import MAX_NEW_TOKENS, VideoModel, as_list
 from longvid_jax.systems.results import Output
+from longvid_jax.video import Video
 
 
 class PromptedModel(VideoModel):
@@ -106,6 +109,25 @@ class PromptedModel(VideoModel):
             scale = video.long_side / max(probe.height, probe.width)
             return tuple(max(1, round(side * scale / patch)) * patch for side in (probe.height, probe.width))
         return self.settings.size or (self.model.config.vision.image_size,) * 2
+
+    def _questions(self, instruction: str | Sequence[str], video: Video | Sequence[Video] | None) -> list[str]:
+        """What begin was given; several questions about one video are rows that watch the same frames."""
+        questions = as_list(instruction, str)
+        count = 1 if video is None else len(as_list(video, Video))
+        if count not in (1, len(questions)):
+            raise OptionError(f"{len(questions)} questions for {count} videos: give one question a video.")
+        return questions
+
+    def _warn_of_grid(self, grid: Sequence[int], stacklevel: int) -> None:
+        """Warns of frames of another size than the vision tower has positions for."""
+        side = self.model.config.vision.side
+        if tuple(grid) != (side, side):
+            warnings.warn(
+                f"Frames of {grid[0]} x {grid[1]} patches: the model's positions are for {side} x {side}, and are "
+                "interpolated.",
+                VideoWarning,
+                stacklevel=stacklevel + 1,
+            )
 
     def _check_length(self, length: int, max_new_tokens: int, what: str) -> None:
         limit = self.model.config.text.rope.original_length

@@ -104,11 +104,7 @@ class RewindModel(PromptedModel):
         Several questions about one video are rows that may watch the same frames (a Frames of one row). The length of
         the video is not needed.
         """
-        questions = as_list(instruction, str)
-        if video is not None and len(as_list(video, Video)) not in (1, len(questions)):
-            raise OptionError(
-                f"{len(questions)} questions for {len(as_list(video, Video))} videos: give one question a video."
-            )
+        questions = self._questions(instruction, video)
         return self._begin(self._told(questions), *self._prompts(questions))
 
     def _begin(self, instruction: np.ndarray, ids: np.ndarray, places: np.ndarray) -> RewindMemory:
@@ -167,13 +163,8 @@ class RewindModel(PromptedModel):
         batch, rows, start = len(memory.read), features.shape[0], int(memory.read.max())
         valid = np.broadcast_to(valid, (batch, valid.shape[1]))
         read = memory.read + valid.sum(1)
-        if not start and tuple(grid) != (side := self.model.config.vision.side, side):
-            warnings.warn(
-                f"Frames of {grid[0]} x {grid[1]} patches: the model's positions are for {side} x {side}, and are "
-                "interpolated.",
-                VideoWarning,
-                stacklevel=4,
-            )
+        if not start:
+            self._warn_of_grid(grid, stacklevel=4)
         written, details = self._with_room(memory, rows, start + valid.shape[1], fresh)
         offloaded = isinstance(details, np.ndarray)
         if offloaded:

@@ -205,7 +205,7 @@ def _rewound_tokens(model: Model, remat: str = "none"):
 def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
     settings = _rewind(model)
     if not settings.contrast_width:
-        raise OptionError("the task 'contrast' needs a model with contrast_width; give one in config.model.")
+        raise OptionError("the task 'contrast' needs a model with contrast_width; assemble one with --contrast-width.")
     return ContrastBatches(
         _examples(stage, seed), model.words, stage.batch_size, frames=_buckets(stage, "frames"),
         reads=settings.bert.max_length, process=process, processes=processes,
