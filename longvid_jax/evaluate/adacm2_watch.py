@@ -16,7 +16,7 @@ import numpy as np
 from einops import rearrange
 
 from longvid_jax.memory import adacm2
-from longvid_jax.memory.adacm2 import Policy, VideoCache, Window
+from longvid_jax.memory.adacm2 import Ask, Policy, VideoCache, Window
 from longvid_jax.models.instructblip import InstructBlip
 from longvid_jax.ops.attention import Keys, attend
 from longvid_jax.systems import adacm2_steps as steps
@@ -97,6 +97,7 @@ def remember(
         cache, queries = state
         now, number = xs
         cache, seen = adacm2.step(cache, queries, _window(model, now, number, rows), ask, policy, random=random)
+        seen = ask.conclude(seen) if carry_queries else seen
         cache = dataclasses.replace(cache, length=jnp.where(number < 0, 0, cache.length))
         return (cache, jnp.where(number < 0, learned, seen) if carry_queries else queries), None
 
@@ -118,9 +119,9 @@ def look(
     rows = text.shape[0]
     each = rows // queries.shape[0]
     cache = jax.tree.map(lambda x: jnp.repeat(x, each, axis=1), cache)
-    window = _window(model, features, number, rows)
+    window, ask = _window(model, features, number, rows), steps.asker(model, text)
     queries, scores = jnp.repeat(queries, each, axis=0), Policy(policy.alpha, policy.beta)
-    return adacm2.step(cache, queries, window, steps.asker(model, text), scores)[1]  # what it evicts is of no account
+    return ask.conclude(adacm2.step(cache, queries, window, ask, scores)[1])  # what it evicts is of no account
 
 
 @jax.jit
@@ -137,7 +138,8 @@ def look_at_all(model: InstructBlip, features: jax.Array, text: jax.Array) -> ja
         context = attend(together, Keys(k, v))
         return rearrange(context, "v h (a q) d -> (v a) h q d", q=q.shape[2]), carry
 
-    return steps.asker(model, text)(model.queries(text.shape[0]), look, ())[0]
+    ask = steps.asker(model, text)
+    return ask.conclude(ask.look(model.queries(text.shape[0]), look, ())[0])
 
 
 def answers(model: AdaCM2Model, seen: jax.Array, ids: np.ndarray, places: np.ndarray, max_new_tokens: int) -> list[str]:
@@ -169,13 +171,13 @@ def _window(model: InstructBlip, features: jax.Array, number: jax.Array, rows: i
     return Window(keys, values, jnp.broadcast_to(number, rows).astype(jnp.int32), jnp.ones(rows, bool))
 
 
-def _glance(model: InstructBlip):
-    """An adacm2.Ask where nobody asks anything: a single empty query looks, and what it sees is of no account."""
+def _glance(model: InstructBlip) -> Ask:
+    """Nobody asks anything: a single empty query looks, and what it sees is of no account."""
 
-    def ask(queries, look, carry):
+    def glance(queries, look, carry):
         nothing = jnp.zeros((queries.shape[0], 1, 1, queries.shape[2]), queries.dtype)
         for layer in range(model.config.qformer.cross_layers):
             _, carry = look(layer, nothing, carry)
         return queries, carry
 
-    return ask
+    return Ask(glance, lambda seen: seen)

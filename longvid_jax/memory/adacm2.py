@@ -21,7 +21,7 @@ from einops import rearrange
 
 from longvid_jax.errors import OptionError
 from longvid_jax.ops.attention import Keys, attend, attend_counted
-from longvid_jax.ops.topk import compact, ranks
+from longvid_jax.ops.topk import best, compact
 
 SCORES = ("attention", "shared", "random", "recent")
 
@@ -163,7 +163,7 @@ def survivors(importance: jax.Array, valid: jax.Array, recent: jax.Array, older:
     is_older = valid & (place < (length - few)[..., None])
     lowest = jnp.finfo(jnp.float32).min
     score = jnp.where(is_older, jnp.maximum(importance, lowest), -jnp.inf)
-    return (is_older & (ranks(score) < many[..., None])) | (valid & ~is_older)
+    return (is_older & best(score, count=many)) | (valid & ~is_older)
 
 
 def _left(mask: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
@@ -212,9 +212,16 @@ class Window(NamedTuple):
     valid: jax.Array  # bool [T, B]
 
 
-# Runs a Q-Former on queries [B, Q, C]: ask(queries, look, carry) -> (outputs [B, Q, C], carry), whose cross-attention
-# layers call look(layer, q [B, H, Q, D], carry) -> (context [B, H, Q, D], carry); see models.qformer.
-Ask = Callable[[jax.Array, Callable, tuple], tuple[jax.Array, tuple]]
+class Ask(NamedTuple):
+    """A Q-Former in two parts: what a frame leaves in the cache needs the first one only.
+
+    look(queries [B, Q, C], look, carry) -> (seen, carry): its cross-attention layers call look(layer, q [B, H, Q, D],
+    carry) -> (context [B, H, Q, D], carry); see models.qformer.
+    conclude(seen) -> outputs [B, Q, C]: what comes behind the last of them.
+    """
+
+    look: Callable[[jax.Array, Callable, tuple], tuple[jax.Array, tuple]]
+    conclude: Callable[[jax.Array], jax.Array]
 
 
 @jax.named_scope("adacm2")
@@ -243,10 +250,10 @@ def watch(
         return (jax.checkpoint(look) if remat else look)(cache, queries, window, learned)
 
     def frame(state, xs: Window):
-        cache, outputs = state
+        cache, last = state
         start = learned
         if carry_queries:
-            carried = outputs.astype(learned.dtype)
+            carried = last.astype(learned.dtype)
             begun = cache.length[0] > 0
             start = jnp.where(
                 begun[:, None, None], jax.lax.stop_gradient(carried) if stop_gradient else carried, learned
@@ -254,13 +261,21 @@ def watch(
         if stop_gradient:
             cache = jax.lax.stop_gradient(cache)
         seen, new = step(cache, start, xs, ask, policy, random=random)
+        new = ask.conclude(new) if carry_queries else new
         return (
             jax.tree.map(lambda new, old: _where(xs.valid, new, old, 1), seen, cache),
-            _where(xs.valid, new.astype(outputs.dtype), outputs, 0),
+            _where(xs.valid, new.astype(last.dtype), last, 0),
         ), None
 
-    frame = jax.checkpoint(frame) if remat else frame
-    return jax.lax.scan(frame, (cache, queries), window)[0]
+    last = queries
+    if not carry_queries:  # outputs are made of the last frame alone
+        first = jax.tree.map(lambda x: x[0], window)
+        like = jax.eval_shape(lambda: step(cache, learned, first, ask, policy, random=random)[1])
+        last = jnp.zeros(like.shape, like.dtype)
+    cache, last = jax.lax.scan(jax.checkpoint(frame) if remat else frame, (cache, last), window)[0]
+    if carry_queries:
+        return cache, last
+    return cache, _where(window.valid.any(0), ask.conclude(last).astype(queries.dtype), queries, 0)
 
 
 def _look_once(
@@ -296,7 +311,7 @@ def _look_once(
         k, v = (rearrange(x[layer], "b s (h d) -> b h s d", h=q.shape[1]) for x in (seen.keys, seen.values))
         return attend(q, Keys(k, v, real[layer])), carry
 
-    new, _ = ask(learned, look, ())
+    new = ask.conclude(ask.look(learned, look, ())[0])
     return seen, _where(window.valid.any(0), new.astype(outputs.dtype), outputs, 0)
 
 
@@ -309,7 +324,10 @@ def only_last(x: jax.Array, valid: jax.Array) -> jax.Array:
 def step(
     cache: VideoCache, queries: jax.Array, frame: Window, ask: Ask, policy: Policy, *, random: jax.Array | None = None
 ) -> tuple[VideoCache, jax.Array]:
-    """One frame (a Window without its first axis): appended, looked at by queries [B, Q, C], and all layers reduced."""
+    """One frame (a Window without its first axis): appended, looked at by queries [B, Q, C], and all layers reduced.
+
+    Gives the cache, and what ask.conclude makes outputs of.
+    """
     layers, batch, capacity, _ = cache.keys.shape
     tokens = frame.keys.shape[2]
     keys = jnp.concatenate([cache.keys, frame.keys.astype(cache.keys.dtype)], axis=2)
@@ -325,7 +343,7 @@ def step(
         context, sums = attend_counted(q, Keys(k, v, valid[layer]))
         return context, (*drawn, sums)
 
-    outputs, drawn = ask(queries, look, ())
+    seen, drawn = ask.look(queries, look, ())
     importance = _importance(policy, jax.lax.stop_gradient(jnp.stack(drawn)), valid, frame.number, random)
     size = capacity + tokens
     tables = zip(*(counts(a, b, size) for a, b in zip(policy.alpha, policy.beta, strict=True)), strict=True)
@@ -333,7 +351,7 @@ def step(
     indices, real = _left(survivors(importance, valid, recent, older), capacity)
     keys, values = (jnp.take_along_axis(x, indices[..., None], axis=2) for x in (keys, values))
     source = jnp.where(real, jnp.take_along_axis(source, indices, axis=2), -1)
-    return VideoCache(keys, values, source, real.sum(-1, dtype=jnp.int32)), outputs
+    return VideoCache(keys, values, source, real.sum(-1, dtype=jnp.int32)), seen
 
 
 def _importance(policy: Policy, drawn: jax.Array, valid: jax.Array, number: jax.Array, random) -> jax.Array:

@@ -109,22 +109,51 @@ class QFormer(nnx.Module):
 
         look and carry: see Look; without anything to remember, `looking_at` makes one.
         """
-        count = queries.shape[1]
-        x, valid = self.embed_norm(queries), jnp.ones(queries.shape[:2], bool)
+        x, carry = self.look(queries, text, text_valid, look, carry)
+        return self.conclude(x, queries.shape[1], text_valid), carry
+
+    def look(
+        self, queries: jax.Array, text: jax.Array | None, text_valid: jax.Array | None, look: Look, carry: Any
+    ) -> tuple[jax.Array, Any]:
+        """The first part, up to the last look: queries and text [B, Q + S, width], from which `conclude` goes on."""
+        count, x = queries.shape[1], self.embed_norm(queries)
         if text is not None:
-            x, valid = jnp.concatenate([x, text], axis=1), jnp.concatenate([valid, text_valid], axis=1)
+            x = jnp.concatenate([x, text], axis=1)
         crossed = 0
-        for layer in self.layers:
-            x = self_attend(layer, x, valid)
-            q, words = x[:, :count], x[:, count:]
+        for n, layer in enumerate(self.layers[: self._last + 1]):
+            x = self_attend(layer, x if n == 0 else _fed(self.layers[n - 1], x, count), _valid(x, count, text_valid))
             if layer.cross is not None:
+                q = x[:, :count]
                 context, carry = look(crossed, layer.cross.queries(q), carry)
                 q = layer.cross_norm(q + layer.cross.output(context))
+                x = jnp.concatenate([q, x[:, count:]], axis=1)
                 crossed += 1
-            x = layer.query_mlp_norm(q + layer.query_mlp(q))
-            if text is not None:
-                x = jnp.concatenate([x, layer.mlp_norm(words + layer.mlp(words))], axis=1)
-        return x[:, :count], carry
+        return x, carry
+
+    def conclude(self, x: jax.Array, count: int, text_valid: jax.Array | None) -> jax.Array:
+        """The second part: outputs [B, Q, width] of what `look` gave for Q queries and the text."""
+        x = _fed(self.layers[self._last], x, count)
+        for layer in self.layers[self._last + 1 :]:
+            x = _fed(layer, self_attend(layer, x, _valid(x, count, text_valid)), count)
+        return x[:, :count]
+
+    @property
+    def _last(self) -> int:
+        """The layer that looks last."""
+        return (self.config.cross_layers - 1) * self.config.cross_every
+
+
+def _valid(x: jax.Array, count: int, text_valid: jax.Array | None) -> jax.Array:
+    """bool [B, Q + S]: the queries, and the text that is some."""
+    valid = jnp.ones((len(x), count), bool)
+    return valid if text_valid is None else jnp.concatenate([valid, text_valid], axis=1)
+
+
+def _fed(layer: QFormerLayer, x: jax.Array, count: int) -> jax.Array:
+    """Queries and text [B, Q + S, width] through a layer's feed-forward networks."""
+    q, words = x[:, :count], x[:, count:]
+    q = layer.query_mlp_norm(q + layer.query_mlp(q))
+    return jnp.concatenate([q, layer.mlp_norm(words + layer.mlp(words))], axis=1) if words.shape[1] else q
 
 
 def looking_at(keys: jax.Array, values: jax.Array, valid: jax.Array | None = None) -> Look:

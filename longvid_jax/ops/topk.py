@@ -14,15 +14,21 @@ class Kept(NamedTuple):
     mask: jax.Array  # bool [..., C]: which entries were chosen
 
 
-def ranks(*keys: jax.Array) -> jax.Array:
-    """The place [..., C] of each entry when sorted by the keys [..., C], largest first; ties go to the lower index."""
-    size = keys[0].shape[-1]
+def best(*keys: jax.Array, count: jax.Array) -> jax.Array:
+    """bool [..., C]: the `count` [...] first entries when sorted by the keys [..., C], largest first.
+
+    Ties go to the lower index. One sort finds the last of them, and all entries are compared with that one.
+    """
     index = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, keys[0].ndim - 1)
     # A bool key is sorted as an integer; negation turns "largest first" into lax.sort's ascending order.
-    ascending = [-key.astype(jnp.int32) if key.dtype == jnp.bool_ else -key for key in keys]
-    order = jax.lax.sort([*ascending, index], num_keys=len(keys), is_stable=True)[-1]
-    place = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), order.shape)
-    return jax.lax.sort([order, place], num_keys=1)[-1]
+    ascending = [*(-key.astype(jnp.int32) if key.dtype == jnp.bool_ else -key for key in keys), index]
+    place = jnp.maximum(count - 1, 0)[..., None]
+    ordered = jax.lax.sort(ascending, num_keys=len(ascending))
+    before = jnp.ones(index.shape, bool)  # or the same: from the last key to the first
+    for key, last in zip(reversed(ascending), reversed(ordered), strict=True):
+        last = jnp.take_along_axis(last, place, axis=-1)
+        before = (key < last) | ((key == last) & before)
+    return before & (count > 0)[..., None]
 
 
 def top_k(
@@ -43,11 +49,13 @@ def top_k(
     scores = jnp.where(valid, jnp.maximum(scores.astype(jnp.float32), lowest), -jnp.inf)
     keys = (scores,) if first is None else (first & valid, scores)
     count = jnp.minimum(jnp.asarray(count, jnp.int32), valid.sum(-1, dtype=jnp.int32))
-    mask = (ranks(*keys) < count[..., None]) & valid
+    mask = best(*keys, count=count) & valid
     return Kept(compact(mask, width), jnp.minimum(count, width), mask)
 
 
 def compact(mask: jax.Array, width: int) -> jax.Array:
     """Indices int32 [..., width] that bring the True entries of mask [..., C] to the front in order, then the rest."""
+    size = mask.shape[-1]
     index = jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
-    return jax.lax.sort([(~mask).astype(jnp.int32), index], num_keys=1, is_stable=True)[-1][..., :width]
+    ordered = jax.lax.sort(jnp.where(mask, index, index + size))[..., :width]  # one operand: XLA sorts it fastest
+    return jnp.where(ordered < size, ordered, ordered - size)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from longvid_jax.memory import adacm2
-from longvid_jax.memory.adacm2 import Policy, VideoCache, Window
+from longvid_jax.memory.adacm2 import Ask, Policy, VideoCache, Window
 from longvid_jax.models.instructblip import InstructBlip
 from longvid_jax.ops.sharding import BATCH, constrain
 from longvid_jax.video.preprocess import normalise
@@ -41,15 +41,15 @@ def window(model: InstructBlip, features: jax.Array, number: jax.Array, valid: j
     return Window(by_frame(keys), by_frame(values), number.T, valid.T)
 
 
-def asker(model: InstructBlip, text: jax.Array | None):
-    """An adacm2.Ask: the Q-Former with the instructions int32 [B, S] (-1: padding behind them)."""
+def asker(model: InstructBlip, text: jax.Array | None) -> Ask:
+    """The Q-Former with the instructions int32 [B, S] (-1: padding behind them)."""
     words = None if text is None else model.qformer.embed(jnp.maximum(text, 0))
     valid = None if words is None else text >= 0
 
-    def ask(queries, look, carry):
-        return model.qformer(queries, words, valid, look, carry)
+    def look(queries, look, carry):
+        return model.qformer.look(queries, words, valid, look, carry)
 
-    return ask
+    return Ask(look, lambda seen: model.qformer.conclude(seen, model.config.num_queries, valid))
 
 
 @partial(jax.jit, static_argnames=("policy", "carry_queries"), donate_argnames=("cache", "outputs"))

@@ -11,6 +11,7 @@ from longvid_jax.memory.adacm2 import Policy, Window
 from longvid_jax.models.instructblip import InstructBlip
 from longvid_jax.models.layers import FeedForward
 from longvid_jax.ops.attention import Keys, attend
+from longvid_jax.systems import adacm2_steps as steps
 from longvid_jax.train.losses import token_losses
 from longvid_jax.video.preprocess import normalise
 
@@ -82,8 +83,7 @@ def _watched(
     placed = model.placed(features, batch["number"])
     keys, values = model.qformer.keys_values(placed)  # [L, B, T, P, C]
     words = batch["words"].reshape(-1, batch["words"].shape[-1])
-    text, valid = model.qformer.embed(jnp.maximum(words, 0)), words >= 0
-    queries = model.queries(words.shape[0])
+    ask, queries = steps.asker(model, words), model.queries(words.shape[0])
 
     if policy.keeps_all and not carry_queries:
         # As adacm2.watch does it then, but with no copy of a video for each of its questions.
@@ -92,7 +92,7 @@ def _watched(
                 jnp.moveaxis(adacm2.only_last(jnp.moveaxis(x, 2, 0), batch["shown"].T), 0, 2) for x in (keys, values)
             )
         look = _looking_at_all(keys, values, batch["shown"], asked)
-        return model.qformer(queries, text, valid, look, ())[0]
+        return ask.conclude(ask.look(queries, look, ())[0])
     rows = jnp.repeat(jnp.arange(keys.shape[1]), asked)
     window = Window(*(jnp.moveaxis(x[:, rows], 2, 0) for x in (keys, values)), *(
         batch[name][rows].T for name in ("number", "shown")
@@ -105,7 +105,7 @@ def _watched(
         cache,
         jnp.zeros_like(queries),
         window,
-        lambda queries, look, carry: model.qformer(queries, text, valid, look, carry),
+        ask,
         queries,
         policy,
         carry_queries=carry_queries,

@@ -126,9 +126,7 @@ def test_the_sequence_of_the_paper():
     keys = jnp.zeros((5, 1, 1, 257, 2))
     queries = jnp.zeros((1, 1, 2))
 
-    def ask(queries, look, carry):
-        return look(0, queries[:, None], carry)[0][:, 0], look(0, queries[:, None], carry)[1]
-
+    ask = adacm2.Ask(lambda queries, look, carry: look(0, queries[:, None], carry), lambda seen: seen[:, 0])
     cache, lengths = adacm2.empty(1, 1, 61, 2, jnp.float32), []
     for t in range(5):
         frame = Window(keys[t], keys[t], jnp.full((1,), t), jnp.ones((1,), bool))
@@ -189,7 +187,7 @@ class Stand:
     out: np.ndarray
     text: np.ndarray  # [B, C]
 
-    def __call__(self, queries, look, carry):
+    def look(self, queries, look, carry):
         xp = jnp if isinstance(queries, jax.Array) else np
         x = queries + self.text[:, None]
         x = x / xp.sqrt((x**2).mean(-1, keepdims=True))
@@ -198,6 +196,9 @@ class Stand:
             context, carry = look(layer, q, carry)
             x = x + xp.tanh(context.swapaxes(1, 2).reshape(x.shape) @ self.out[layer])
         return x, carry
+
+    def conclude(self, x):
+        return x * self.text[:, None]
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +243,7 @@ def naive(stand, window, learned, alpha, beta, *, scores="attention", carry_quer
                 drawn.append(weights.sum((0, 1, 2)))
                 return np.einsum("bhqs,shd->bhqd", weights, v), carry
 
-            x, _ = alone(x if carry_queries and x is not None else first, look, None)
+            x = alone.conclude(alone.look(x if carry_queries and x is not None else first, look, None)[0])
             for layer in range(LAYERS):
                 importance = {"attention": drawn[layer], "recent": np.arange(len(drawn[layer]))}
                 if scores == "shared":

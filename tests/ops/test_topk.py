@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longvid_jax.ops.topk import compact, ranks
+from longvid_jax.ops.topk import best, compact
 from longvid_jax.ops.topk import top_k as traced_top_k
 
 RNG = np.random.default_rng(0)
@@ -85,12 +85,13 @@ def test_a_narrow_buffer_and_a_python_count():
     np.testing.assert_array_equal(kept.indices, oracle(scores[0], 3))
 
 
-def test_ranks_are_a_stable_sort():
+def test_the_best_are_those_that_a_stable_sort_puts_first():
     for keys in ([few_values(8, 21)], [RNG.random((8, 21)) < 0.5, few_values(8, 21)]):
-        place = np.asarray(ranks(*map(jnp.asarray, keys)))
-        for row in range(8):
-            order = sorted(range(21), key=lambda i, row=row: tuple(-float(key[row, i]) for key in keys))
-            np.testing.assert_array_equal(place[row, order], np.arange(21))
+        for count in (0, 1, 10, 21):
+            mask = np.asarray(best(*map(jnp.asarray, keys), count=jnp.full(8, count)))
+            for row in range(8):
+                order = sorted(range(21), key=lambda i, row=row: tuple(-float(key[row, i]) for key in keys))
+                np.testing.assert_array_equal(np.flatnonzero(mask[row]), sorted(order[:count]))
 
 
 def test_compact_keeps_the_order():
