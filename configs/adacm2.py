@@ -114,7 +114,7 @@ def _world(config, variant: str):
     config.save.dtype = "bfloat16"
     config.benchmark = {"seconds": 16.0, "fps": FPS, "size": SIZE, "level": "clear", "families": FAMILIES}
     if variant == "policy":
-        config.adacm2.alpha, config.adacm2.beta = 0.1, 0.5
+        config.adacm2.alpha, config.adacm2.beta = 0.1, 0.9
         config.optim.lr = 1e-3
         config.optim.warmup = 20
         config.stages = (_questions(steps=250, batch_size=2, seconds=16.0, asked=8),)

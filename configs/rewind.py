@@ -6,10 +6,13 @@ ReWind's stages (arXiv 2411.15556) on a checkpoint that `longvid assemble rewind
             MA-LMM's layout for captions, config.videos holds a file or a folder of frames a video
   instruct  perceiver, memory, projections and low-rank adapters of the Llama learn to answer; config.data is in LLaVA's
             layout (see longvid_jax.data.conversations)
+  grounding the same go on learning when something happens, as "from 3 to 5 seconds"; config.data is ActivityNet
+            Captions' or DiDeMo's own JSON (see longvid_jax.data.grounding)
 
-Where the paper is silent: AdamW with weight decay 0.05, a cosine to 0, clipping at 1, adapters on all of attention.
+Where the paper is silent: AdamW with weight decay 0.05 in pre-training and none later, a cosine to 0, clipping at 1,
+adapters on all of attention; grounding at the learning rate of instruct.
 
-smoke_pretrain and smoke_instruct take seconds on the made-up world and learn next to nothing: to see that all of it runs.
+smoke_pretrain, smoke_instruct and smoke_grounding take seconds on the made-up world and learn next to nothing: to see that all of it runs.
 """  # noqa: E501
 
 from longvid_jax.train.config import base, stage
@@ -40,7 +43,7 @@ def get_config(variant: str = "instruct"):
     config.remat = "full"
     config.compute_dtype = "bfloat16"
     config.save.dtype = "bfloat16"
-    config.optim.weight_decay = 0.05
+    config.optim.weight_decay = 0.05 if variant.endswith("pretrain") else 0.0
     if variant.startswith("smoke_"):
         return _smoke(config, variant.removeprefix("smoke_"))
     data = {"file": config.get_ref("data"), "folder": config.get_ref("videos")}
@@ -50,16 +53,19 @@ def get_config(variant: str = "instruct"):
         source = {"kind": "captions", **data, "num_frames": 32, "train": True}
         config.stages = (stage(task="contrast", steps=10_000, batch_size=64, sources=(source,), frames=(32,)),)
         return config
-    if variant == "instruct":
+    if variant in ("instruct", "grounding"):
         config.trainable = (*OWN, ADAPTERS)
         config.lora.rank, config.lora.alpha, config.lora.patterns = 64, 32.0, (LORA,)
-        config.optim.lr, config.optim.warmup = 5e-5, 2000
+        config.optim.lr, config.optim.warmup = 5e-5, 2000 if variant == "instruct" else 500
         config.rewind.truncate = 4
-        source = {"kind": "conversations", **data, "fps": 1.0, "max_frames": FRAMES[-1]}
-        stages = stage(task="rewound", steps=100_000, batch_size=64, sources=(source,), frames=FRAMES, text=TEXT)
-        config.stages = (stages,)
+        steps, kind = (100_000, "conversations") if variant == "instruct" else (15_000, "grounding")
+        source = {"kind": kind, **data, "size": (224, 224), "fps": 1.0, "max_frames": FRAMES[-1]}
+        config.stages = (
+            stage(task="rewound", steps=steps, batch_size=64, sources=(source,), frames=FRAMES, text=TEXT),
+        )
         return config
-    raise ValueError(f"there is no variant {variant!r}, but pretrain, instruct, smoke_pretrain and smoke_instruct")
+    known = "pretrain, instruct, grounding, smoke_pretrain, smoke_instruct and smoke_grounding"
+    raise ValueError(f"there is no variant {variant!r}, but {known}")
 
 
 def _smoke(config, which: str):
@@ -75,11 +81,12 @@ def _smoke(config, which: str):
         one = source | {"questions": 1, "families": ("caption",)}
         config.stages = (stage(task="contrast", steps=4, batch_size=4, sources=(one,), frames=(8,)),)
         return config
-    if which != "instruct":
-        raise ValueError(f"there is no variant 'smoke_{which}', but smoke_pretrain and smoke_instruct")
+    if which not in ("instruct", "grounding"):
+        known = "smoke_pretrain, smoke_instruct and smoke_grounding"
+        raise ValueError(f"there is no variant 'smoke_{which}', but {known}")
     config.trainable = (*OWN, ADAPTERS)
     config.lora.rank, config.lora.alpha, config.lora.patterns = 2, 4.0, (LORA,)
-    several = source | {"questions": 4}
+    several = source | {"questions": 4} | ({"families": ("when",)} if which == "grounding" else {})
     shapes = {"batch_size": 2, "frames": (8,), "text": (128,)}
     config.stages = (stage(task="rewound", steps=4, sources=(several,), **shapes),)
     held_out = several | {"split": "validation"}

@@ -18,7 +18,7 @@ import numpy as np
 
 from longvid_jax.data import augment
 from longvid_jax.data.batches import Example
-from longvid_jax.data.conversations import SUFFIXES
+from longvid_jax.data.conversations import find
 from longvid_jax.errors import DataError, OptionError, VideoError
 from longvid_jax.video import Video
 
@@ -44,7 +44,7 @@ class Clip:
 
     def __call__(self) -> np.ndarray:
         """uint8 [count, H, W, 3]; VideoError if there is no such video, it ends before, or nothing decodes."""
-        video = Video(self._path(), native_fps=self.fps)
+        video = Video(find(self.folder, self.name), native_fps=self.fps)
         total = max(1, round(video.probe.duration * self.fps))
         if self.first >= total:
             raise VideoError(
@@ -61,13 +61,6 @@ class Clip:
     def redrawn(self, rng: np.random.Generator) -> "Clip":
         """With other random numbers, if it takes any."""
         return self if self.seed is None else dataclasses.replace(self, seed=(int(rng.integers(1 << 63)),))
-
-    def _path(self) -> Path:
-        path = self.folder / self.name
-        for found in (path, *(self.folder / f"{self.name}{suffix}" for suffix in SUFFIXES)):
-            if found.exists():
-                return found
-        raise VideoError(f"{path} does not exist, neither as a folder of frames nor as a video file.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,12 +107,16 @@ def turns_of(conversation, where: str) -> tuple[tuple[str, str], ...]:
 
 def _frames(folder: Path, name: str, fps: float, max_frames: int, size: tuple[int, int]) -> np.ndarray:
     """uint8 [F, H, W, 3], F at most max_frames."""
+    return frames_of(find(folder, name), fps, max_frames, size)
+
+
+def find(folder: Path, name: str) -> Path:
+    """A video file, with or without its suffix in the name, or a folder of frames; VideoError if there is neither."""
     path = folder / name
-    if not path.exists():
-        path = next((found for suffix in SUFFIXES if (found := folder / f"{name}{suffix}").exists()), path)
-    if not path.exists():
-        raise VideoError(f"{path} does not exist.")
-    return frames_of(path, fps, max_frames, size)
+    for found in (path, *(folder / f"{name}{suffix}" for suffix in SUFFIXES)):
+        if found.exists():
+            return found
+    raise VideoError(f"{path} does not exist, neither as a folder of frames nor as a video file.")
 
 
 def frames_of(video: str | Path | bytes, fps: float, max_frames: int, size: tuple[int, int]) -> np.ndarray:

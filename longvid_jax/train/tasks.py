@@ -14,6 +14,7 @@ from longvid_jax.data.batches import Batch, Batches, Shapes, mixed
 from longvid_jax.data.contrast import ContrastBatches
 from longvid_jax.data.conversations import ConversationSource
 from longvid_jax.data.facts import FactBatches, FactSource
+from longvid_jax.data.grounding import GroundingSource
 from longvid_jax.data.instructed import InstructedBatches
 from longvid_jax.data.malmm import BreakfastSource, CaptionSource, CoinSource, LvuSource, QuestionSource
 from longvid_jax.data.naming import THINGS, WorldMoments
@@ -358,6 +359,7 @@ SOURCES = {
     "breakfast": BreakfastSource,
     "coin": CoinSource,
     "captions": CaptionSource,
+    "grounding": GroundingSource,
     "questions": QuestionSource,
 }
 

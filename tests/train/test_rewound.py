@@ -1,6 +1,7 @@
 """ReWind's losses: answers as the system would give them, SigLIP's against NumPy, and runs of its configs."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -17,6 +18,7 @@ from longvid_jax.train import config
 from longvid_jax.train.parameters import split
 from longvid_jax.train.rewound import Looking, contrast, rewound_tokens
 from longvid_jax.train.siglip import siglip
+from longvid_jax.train.tasks import SOURCES
 from tests.systems.small_adacm2 import QUESTIONS, batch_of
 from tests.systems.small_rewind import CHOICES, make
 from tests.train.runs import losses, run
@@ -196,7 +198,7 @@ def test_contrast(model, pixels):
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["smoke_pretrain", "smoke_instruct"])
+@pytest.mark.parametrize("variant", ["smoke_pretrain", "smoke_instruct", "smoke_grounding"])
 def test_a_run(variant, tmp_path, kept_programs):
     result, _ = run(config.load(f"rewind:{variant}"), tmp_path / "run")
     assert result["step"] == 4 and all(np.isfinite(loss) for loss in losses(tmp_path / "run").values())
@@ -204,16 +206,27 @@ def test_a_run(variant, tmp_path, kept_programs):
     assert type(made).__name__ == "RewindModel" and (made.model.contrast is not None)
 
 
-def test_recipes():
-    """The paper's numbers."""
-    pretrain, instruct = (config.load(f"rewind:{name}", ["--config.checkpoint=x"]) for name in ("pretrain", "instruct"))
-    assert [(one.stages[0].steps, one.stages[0].batch_size) for one in (pretrain, instruct)] == [
-        (10_000, 64),
-        (100_000, 64),
-    ]
-    assert [(one.optim.lr, one.optim.warmup) for one in (pretrain, instruct)] == [(1e-4, 500), (5e-5, 2000)]
-    assert (instruct.lora.rank, instruct.lora.alpha) == (64, 32.0)
-    assert pretrain.stages[0].task == "contrast" and instruct.stages[0].task == "rewound"
+def test_recipes(tmp_path):
+    """The paper's numbers, and sources that there are once they are told of files."""
+    files = {
+        "pretrain": {"v": {"video": "v", "caption": "a star", "frame_length": 30}},
+        "instruct": [{"video": "v", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]}],
+        "grounding": {"v": {"duration": 9, "timestamps": [[0, 1]], "sentences": ["x"]}},
+    }
+    # Steps, learning rate, warm-up.
+    numbers = {"pretrain": (10_000, 1e-4, 500), "instruct": (100_000, 5e-5, 2000), "grounding": (15_000, 5e-5, 500)}
+    for name, held in files.items():
+        (tmp_path / "a.json").write_text(json.dumps(held))
+        told = ["--config.checkpoint=x", f"--config.data={tmp_path / 'a.json'}", "--config.videos=folder"]
+        loaded = config.load(f"rewind:{name}", told)
+        (stage,) = loaded.stages
+        assert (stage.steps, loaded.optim.lr, loaded.optim.warmup) == numbers[name]
+        assert (stage.batch_size, stage.task) == (64, "contrast" if name == "pretrain" else "rewound")
+        assert (loaded.lora.rank, loaded.lora.alpha) == ((0, 16.0) if name == "pretrain" else (64, 32.0))
+        assert loaded.optim.weight_decay == (0.05 if name == "pretrain" else 0.0)
+        (source,) = config.plain(stage.sources)
+        (example,) = SOURCES[source.pop("kind")](**source)
+        assert example.size == (224, 224) and example.num_frames <= max(stage.frames)
 
 
 @pytest.mark.parametrize(
