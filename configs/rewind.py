@@ -12,7 +12,16 @@ ReWind's stages (arXiv 2411.15556) on a checkpoint that `longvid assemble rewind
 Where the paper is silent: AdamW with weight decay 0.05 in pre-training and none later, a cosine to 0, clipping at 1,
 adapters on all of attention; grounding at the learning rate of instruct.
 
-smoke_pretrain, smoke_instruct and smoke_grounding take seconds on the made-up world and learn next to nothing: to see that all of it runs.
+tiny_pretrain, tiny_instruct and tiny_grounding are the same stages on the made-up world, on towers that
+`configs/world_towers.py:tiny` has made:
+
+  longvid train --config configs/rewind.py:tiny_pretrain --workdir runs/1 --config.towers=runs/towers/model
+  longvid train --config configs/rewind.py:tiny_instruct --workdir runs/2 --config.towers=runs/towers/model \
+    --config.checkpoint=runs/1/model
+  longvid train --config configs/rewind.py:tiny_grounding --workdir runs/3 --config.checkpoint=runs/2/model
+
+smoke_pretrain, smoke_instruct and smoke_grounding take seconds there and learn next to nothing: to see that all of it
+runs.
 """  # noqa: E501
 
 from longvid_jax.train.config import base, stage
@@ -38,6 +47,20 @@ SMOKE = {
 }
 
 
+WORLD = {"size": (56, 56), "temporal": 1}  # of its videos, two frames a second
+FAMILIES = ("needle", "order", "count", "when", "state", "presence")
+TINY = {
+    "model_type": "rewind",
+    "width": 160,  # more than the Llama's 128: a token has room for what only READ is told
+    "perceiver_layers": 3,
+    "heads": 5,
+    "ff_width": 320,
+    "num_queries": 8,
+    "detail_tokens": 4,
+    "contrast_width": 64,
+}
+
+
 def get_config(variant: str = "instruct"):
     config = base()
     config.remat = "full"
@@ -46,6 +69,8 @@ def get_config(variant: str = "instruct"):
     config.optim.weight_decay = 0.05 if variant.endswith("pretrain") else 0.0
     if variant.startswith("smoke_"):
         return _smoke(config, variant.removeprefix("smoke_"))
+    if variant.startswith("tiny_"):
+        return _tiny(config, variant.removeprefix("tiny_"))
     data = {"file": config.get_ref("data"), "folder": config.get_ref("videos")}
     if variant == "pretrain":
         config.trainable = ("perceiver/.*", "contrast/.*")
@@ -64,8 +89,7 @@ def get_config(variant: str = "instruct"):
             stage(task="rewound", steps=steps, batch_size=64, sources=(source,), frames=FRAMES, text=TEXT),
         )
         return config
-    known = "pretrain, instruct, grounding, smoke_pretrain, smoke_instruct and smoke_grounding"
-    raise ValueError(f"there is no variant {variant!r}, but {known}")
+    raise _unknown(variant)
 
 
 def _smoke(config, which: str):
@@ -82,8 +106,7 @@ def _smoke(config, which: str):
         config.stages = (stage(task="contrast", steps=4, batch_size=4, sources=(one,), frames=(8,)),)
         return config
     if which not in ("instruct", "grounding"):
-        known = "smoke_pretrain, smoke_instruct and smoke_grounding"
-        raise ValueError(f"there is no variant 'smoke_{which}', but {known}")
+        raise _unknown(f"smoke_{which}")
     config.trainable = (*OWN, ADAPTERS)
     config.lora.rank, config.lora.alpha, config.lora.patterns = 2, 4.0, (LORA,)
     several = source | {"questions": 4} | ({"families": ("when",)} if which == "grounding" else {})
@@ -92,3 +115,58 @@ def _smoke(config, which: str):
     held_out = several | {"split": "validation"}
     config.eval = {"every": 4, "task": "rewound", "batches": 1, "sources": (held_out,), **shapes}
     return config
+
+
+def _tiny(config, which: str):
+    config.compute_dtype = "float32"
+    config.remat = "none"
+    config.optim.rule = "muon"
+    config.optim.lr, config.optim.warmup, config.optim.floor = 3e-3, 100, 0.02
+    config.optim.b2, config.optim.weight_decay = 0.99, 0.05
+    config.save.every = 200
+    config.benchmark = {"seconds": 16.0, "fps": 2, "size": 56, "level": "clear", "families": FAMILIES}
+    if which == "pretrain":
+        config.model = TINY
+        towers = config.get_ref("towers")
+        config.parts = tuple({"to": part, "source": towers, "part": part} for part in ("vision", "bert", "text"))
+        config.trainable = ("perceiver/.*", "contrast/.*")
+        captions = {"kind": "world", "count": 10_000_000, "seconds": (4.0,), "questions": 1, "families": ("caption",)}
+        config.stages = (stage(task="contrast", steps=400, batch_size=48, sources=(WORLD | captions,), frames=(8,)),)
+        return config
+    config.trainable = (*OWN, ADAPTERS)
+    config.lora.rank, config.lora.alpha, config.lora.patterns = 16, 16.0, (LORA,)
+    config.eval = _asked(batch_size=5, seconds=16.0, split="validation", count=1000)
+    config.eval.update({"every": 200, "batches": 8})
+    config.assets = "rewind_world"
+    if which == "instruct":
+        config.rewind.relevance = 0.1
+        config.stages = (
+            _asked(batch_size=6, seconds=4.0, steps=300, task="telling"),
+            _asked(batch_size=4, seconds=16.0, steps=1000, task="telling"),
+            _asked(batch_size=4, seconds=16.0, steps=600),
+            _asked(batch_size=1, seconds=64.0, steps=150),
+        )
+        return config
+    if which != "grounding":
+        raise _unknown(f"tiny_{which}")
+    config.optim.lr, config.optim.warmup = 1e-3, 20
+    config.stages = (_asked(batch_size=4, seconds=16.0, steps=100, families=("when",)),)
+    return config
+
+
+def _asked(batch_size: int, seconds: float, *, task="rewound", steps=0, split="train", count=10_000_000, families=()):
+    """Eight questions about each world of so many seconds: a stage, or without steps an evaluation."""
+    source = WORLD | {"kind": "telling" if task == "telling" else "world", "count": count, "seconds": (seconds,)}
+    source |= {"questions": 8, "families": families or FAMILIES, "split": split}
+    if task == "telling":
+        source |= {"clip_frames": 8, "slots": 2}
+    frames = int(2 * seconds)
+    values = {"task": task, "batch_size": batch_size, "sources": (source,), "frames": (frames,)}
+    values["text"] = (2 * frames + 33 + 36,)
+    return stage(steps=steps, **values) if steps else values
+
+
+def _unknown(variant: str) -> ValueError:
+    stages = ("pretrain", "instruct", "grounding")
+    known = ", ".join(f"{kind}{name}" for kind in ("", "tiny_", "smoke_") for name in stages)
+    return ValueError(f"there is no variant {variant!r}, but {known}")

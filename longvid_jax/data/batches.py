@@ -23,7 +23,7 @@ class Example:
     tags: tuple[str, ...] = ()  # of each conversation: its family of questions, say
     offset: int = 0  # its temporal patches stand at offset + stride * 0, 1, ..., counted from the first video token
     stride: int = 1
-    told: Callable[[], np.ndarray] | None = None  # what is known of the video for each conversation; see data.telling
+    told: Callable[[], dict[str, np.ndarray]] | None = None  # what is known for each conversation; see data.telling
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,6 +45,8 @@ class ContrastBatches:
     def __getitem__(self, b: int) -> Batch:
         examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
         frames = bucket(self.frames, *max((e.num_frames, e.id) for e in examples), "frames")
+        if silent := [example.id for example in examples if not example.conversations]:
+            raise DataError(f"{silent[0]} has no caption; give examples that have one.")
         told = [self.words(example.conversations[0][0][1])["input_ids"] for example in examples]
         length = min(self.reads, -(-max(map(len, told)) // STEP) * STEP)
         share = self.batch_size // self.processes

@@ -24,36 +24,78 @@ def relevant(world: World, question: Question) -> list[Event]:
     return [event for event in world.events if is_meant(event)]
 
 
-def told(world: World, questions: Sequence[Question], slots: int, offset: float, stride: float) -> np.ndarray:
-    """float32 [A, slots, FACT_WIDTH]: what answers each question, the n-th event in slot n; zeros behind the last."""
+def told(
+    world: World, questions: Sequence[Question], slots: int, offset: float, stride: float
+) -> dict[str, np.ndarray]:
+    """What answers each question: facts float32 [A, slots, FACT_WIDTH], the n-th event in slot n, zeros behind."""
     facts = np.zeros((len(questions), slots, FACT_WIDTH), np.float32)
     for row, question in zip(facts, questions, strict=True):
         for slot, event in zip(row, relevant(world, question), strict=False):
             slot[:] = features(event, offset, stride)
-    return facts
+    return {"facts": facts}
+
+
+def noted(
+    world: World, questions: Sequence[Question], times: np.ndarray, clip_frames: int, each: int
+) -> dict[str, np.ndarray]:
+    """What answers each question, noted down as the video is watched clip by clip, in frames of these times [T].
+
+    facts float32 [A, T * each, FACT_WIDTH]: an event is told in the first frame that shows it, as far as its clip does:
+    what comes later is not known yet. Of more events than a frame has slots the last are left out. seen bool [A, T]:
+    frames that show one.
+    """
+    facts = np.zeros((len(questions), len(times), each, FACT_WIDTH), np.float32)
+    seen = np.zeros(facts.shape[:2], bool)
+    for row, question in enumerate(questions):
+        used = np.zeros(len(times), int)
+        for event in relevant(world, question):
+            shown = np.flatnonzero((event.start <= times) & (times < event.end))
+            seen[row, shown] = True
+            moment = times[shown] if event.kind == "visit" else times[shown][times[shown] >= event.at]
+            if not len(moment):
+                continue
+            frame = int(np.searchsorted(times, moment[0]))
+            clip_ends = times[min(len(times), (frame // clip_frames + 1) * clip_frames) - 1]
+            if used[frame] < each:
+                known = dataclasses.replace(event, end=min(event.end, max(clip_ends, event.start)))
+                facts[row, frame, used[frame]] = features(known)
+                used[frame] += 1
+    return {"facts": facts.reshape(len(questions), -1, FACT_WIDTH), "seen": seen}
 
 
 @dataclasses.dataclass(frozen=True)
 class TellingSource(WorldSource):
-    """As WorldSource, of which each example can also tell what answers its questions."""
+    """As WorldSource, of which each example can also tell what answers its questions.
+
+    The n-th event in slot n, see told; or with clip_frames noted down frame by frame, in so many slots each, see noted.
+    """
 
     slots: int = 32
+    clip_frames: int = 0
 
     def __getitem__(self, i: int) -> Example:
         example, world = super().__getitem__(i), self.world(i)
         questions = world.questions(self.questions, self.families)
-        later = example.offset * self.temporal / self.fps
-        return dataclasses.replace(example, told=partial(told, world, questions, self.slots, later, example.stride))
+        if self.clip_frames:
+            times = np.arange(example.num_frames) / self.fps
+            tell = partial(noted, world, questions, times, self.clip_frames, self.slots)
+        else:
+            later = example.offset * self.temporal / self.fps
+            tell = partial(told, world, questions, self.slots, later, example.stride)
+        return dataclasses.replace(example, told=tell)
 
 
 class TellingBatches(InstructedBatches):
-    """As InstructedBatches, of TellingSource: a batch has besides facts float32 [B, A, slots, FACT_WIDTH]."""
+    """As InstructedBatches, of TellingSource: a batch has besides what its examples tell, each array [B, A, ...]."""
 
     def __getitem__(self, b: int) -> Batch:
         batch = super().__getitem__(b)
         asked = batch.arrays["tokens"].shape[1]
         share = self.batch_size // self.processes
         mine = batch.examples[self.process * share : (self.process + 1) * share]
-        facts = [example.told() for example in mine]
-        padded = [np.pad(one, ((0, asked - len(one)), (0, 0), (0, 0))) for one in facts]
-        return dataclasses.replace(batch, arrays={**batch.arrays, "facts": np.stack(padded)})
+        each = [example.told() for example in mine]
+        rows = {
+            name: np.stack([np.pad(one[name], [(0, asked - len(one[name]))] + [(0, 0)] * (x.ndim - 1)) for one in each])
+            for name, x in each[0].items()
+        }
+        return dataclasses.replace(batch, arrays={**batch.arrays, **rows})

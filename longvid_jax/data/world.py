@@ -9,6 +9,8 @@ import numpy as np
 from longvid_jax.data.batches import Example
 from longvid_jax.video.synthetic import World, multiple_choice, retimed
 
+TRIES = 32  # worlds that are looked at for a question; of some lengths there is none of a family
+
 
 @dataclasses.dataclass(frozen=True)
 class WorldSource:
@@ -40,8 +42,12 @@ class WorldSource:
         return self.count
 
     def world(self, i: int) -> World:
-        """The world of example i."""
-        return World(i, level=self.level, seconds=self.seconds[i % len(self.seconds)], split=self.split)
+        """The world of example i: number i, or if nothing can be asked about it i + count, i + 2 * count, ..."""
+        for number in range(i, i + TRIES * self.count, self.count):
+            world = World(number, level=self.level, seconds=self.seconds[i % len(self.seconds)], split=self.split)
+            if world.questions(1, self.families):
+                break
+        return world
 
     def __getitem__(self, i: int) -> Example:
         world = self.world(i)

@@ -35,8 +35,16 @@ BASE = {
     "towers": "",  # a checkpoint that parts refer to: config.get_ref("towers")
     "frame_positions": {"count": 0, "initial": "zeros"},  # AdaCM2's, where the model has none; or "waves"
     "adacm2": {"alpha": 0.1, "beta": 0.1, "carry_queries": False, "stop_gradient": False, "scores": "attention"},
-    # how ReWind watches and looks back, see train.rewound; truncate: gradients flow through so many clips, 0: all
-    "rewind": {"clip_frames": 8, "num_candidates": 64, "num_selected": 8, "num_neighbors": 5, "truncate": 0},
+    # how ReWind watches and looks back, see train.rewound; truncate: gradients flow through so many clips, 0: all;
+    # relevance: weight of a loss of its own that frame selection learns from while telling does, 0: as in the paper
+    "rewind": {
+        "clip_frames": 8,
+        "num_candidates": 64,
+        "num_selected": 8,
+        "num_neighbors": 5,
+        "truncate": 0,
+        "relevance": 0.0,
+    },
     "stacked": True,  # layers as one scanned stack, or else each apart
     "compute_dtype": "float32",
     "remat": "none",  # of ops.layers.REMAT

@@ -77,8 +77,8 @@ def build(config, mesh=None) -> tuple[Model, Any]:
     _check_tokenizer(model)
     if isinstance(model.settings, InstructBlipConfig):
         model, module = _with_frames(config, model, module, mesh)
-        if config.towers and any(stage.task == "telling" for stage in config.stages):
-            model = dataclasses.replace(model, facts=convert.from_huggingface(config.towers, part="facts"))
+    if config.towers and any(stage.task == "telling" for stage in config.stages):
+        model = dataclasses.replace(model, facts=convert.from_huggingface(config.towers, part="facts"))
     if isinstance(model.settings, RewindConfig):
         model = dataclasses.replace(model, rewind=plain(config.rewind))
     if config.lora.rank:

@@ -10,21 +10,30 @@ import jax
 import jax.numpy as jnp
 
 from longvid_jax.memory import rewind
+from longvid_jax.memory.rewind import TokenMemory
+from longvid_jax.models.layers import FeedForward
+from longvid_jax.models.perceiver import Instruction
 from longvid_jax.models.rewind import Rewind, RewindConfig
 from longvid_jax.train.losses import token_losses
 from longvid_jax.train.siglip import siglip
+from longvid_jax.train.telling import distance_to_facts
 from longvid_jax.video.preprocess import normalise
 
 
 @dataclasses.dataclass(frozen=True)
 class Looking:
-    """How a video is watched and looked back at, as systems.rewind.ReWind has it; truncate: 0 for all clips."""
+    """How a video is watched and looked back at, as systems.rewind.ReWind has it; truncate: 0 for all clips.
+
+    relevance: weight, while telling is learned, of a loss that the paper does not have: how little of the question's
+    attention the frames draw that show what it is about.
+    """
 
     clip_frames: int = 8
     num_candidates: int = 64
     num_selected: int = 8
     num_neighbors: int = 5
     truncate: int = 0
+    relevance: float = 0.0
 
     def room(self, frames: int) -> int:
         """Frames of a memory for so many: whole clips."""
@@ -43,6 +52,47 @@ def rewound_tokens(
 
     Which frames are looked at in detail is no matter of gradients; that the memory can be asked is learned by reading.
     """
+    memory, instruction, details = _watched(model, batch, looking=looking, mean=mean, std=std, remat=remat)
+    selected = _selected(model, *jax.lax.stop_gradient((memory, model.asked(instruction))), looking)[1].selected
+    details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
+    vectors, there = model.told(memory.tokens, memory.valid, details, selected.valid)
+    return _said(model, vectors, there, batch, remat)
+
+
+def noting(
+    model: Rewind,
+    batch: Mapping[str, jax.Array],
+    *,
+    facts: FeedForward,
+    looking: Looking,
+    mean,
+    std,
+    remat: bool | str = False,
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """How well the projected memory tells what answers the questions, in the vectors that `facts` makes of it.
+
+    batch: of data.telling.TellingBatches, noted down in as many slots a frame as tokens are written of it. Gives what
+    telling.distance_to_facts does, with looking.relevance times -log of the share of attention that frames draw which
+    show what a question is about, for each that there are such frames of.
+    """
+    memory, instruction, _ = _watched(model, batch, looking=looking, mean=mean, std=std, remat=remat)
+    vectors = model.memory_projection(memory.tokens.reshape(len(memory.tokens), -1, memory.tokens.shape[-1]))
+    slots = batch["facts"].shape[2]
+    distance, count, sums = distance_to_facts(vectors[:, :slots], facts, batch)
+    if looking.relevance:
+        scores = _selected(model, memory, model.asked(instruction), looking)[0]
+        seen = batch["seen"].reshape(len(scores), -1)
+        share = (scores[:, : seen.shape[1]] * seen).sum(1) / model.config.perceiver.heads
+        there = seen.any(1) & (batch["weights"].max(-1).reshape(-1) > 0)
+        missed = jnp.where(there, -jnp.log(jnp.where(there, share, 1) + 1e-6), 0).sum()
+        distance += looking.relevance * missed
+    return distance, count, sums
+
+
+def _watched(
+    model: Rewind, batch: Mapping[str, jax.Array], *, looking: Looking, mean, std, remat
+) -> tuple[TokenMemory, Instruction, jax.Array]:
+    """The memory of B * A rows after all clips, what they ask, and their frames' detail tokens [B * A, T, m, W]."""
     asked = batch["tokens"].shape[1]
     pixels = normalise(batch["frames"], mean, std)
     patch = model.config.vision.patch
@@ -61,16 +111,18 @@ def rewound_tokens(
         truncate=looking.truncate or None,
         remat=remat,
     )
-    selected = rewind.select(
-        jax.lax.stop_gradient(memory),
-        jax.lax.stop_gradient(model.asked(instruction)),
+    return memory, instruction, details
+
+
+def _selected(model: Rewind, memory: TokenMemory, q: jax.Array, looking: Looking):
+    """Relevance and selection, see memory.rewind.select."""
+    return rewind.select(
+        memory,
+        q,
         num_candidates=looking.num_candidates,
         num_select=looking.num_selected,
         num_neighbors=looking.num_neighbors,
-    )[1].selected
-    details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
-    vectors, there = model.told(memory.tokens, memory.valid, details, selected.valid)
-    return _said(model, vectors, there, batch, remat)
+    )
 
 
 def _said(model: Rewind, vectors: jax.Array, there: jax.Array, batch, remat) -> tuple[jax.Array, jax.Array]:

@@ -31,7 +31,7 @@ from longvid_jax.train import losses
 from longvid_jax.train.config import plain, unknown
 from longvid_jax.train.instructed import instructed_tokens, telling
 from longvid_jax.train.models import Model
-from longvid_jax.train.rewound import Looking, contrast, rewound_tokens
+from longvid_jax.train.rewound import Looking, contrast, noting, rewound_tokens
 from longvid_jax.video.synthetic import HELD_OUT
 
 
@@ -163,9 +163,16 @@ def _questioned_loss(tokens_of: Callable, model: Model, remat: str):
     return loss
 
 
+def _told_batches(stage, model: Model, **how):
+    make = _rewound if isinstance(model.settings, RewindConfig) else _instructed
+    return make(stage, model, **how, kind=TellingBatches)
+
+
 def _telling(model: Model, remat: str):
     if model.facts is None:
         raise OptionError("the task 'telling' needs the towers that tell facts; give config.towers.")
+    if isinstance(model.settings, RewindConfig):
+        return partial(noting, facts=model.facts, **_looking(model), remat=remat)
     return partial(telling, facts=model.facts, **_watching(model), remat=remat)
 
 
@@ -190,9 +197,9 @@ def _rewind(model: Model) -> RewindConfig:
     return model.settings
 
 
-def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
+def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1, kind=InstructedBatches):
     settings, looking = _rewind(model), Looking(**model.rewind)
-    return InstructedBatches(
+    return kind(
         _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
         frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=partial(looking.vectors, settings),
         reads=settings.bert.max_length, process=process, processes=processes,
@@ -258,7 +265,7 @@ TASKS = {
     "instructed": Task(_instructed, partial(_questioned_loss, _instructed_tokens), _instructed_tokens),
     "contrast": Task(_contrasted, _contrast_loss, None),
     "rewound": Task(_rewound, partial(_questioned_loss, _rewound_tokens), _rewound_tokens),
-    "telling": Task(partial(_instructed, kind=TellingBatches), _telling, None),
+    "telling": Task(_told_batches, _telling, None),
 }
 
 

@@ -1,11 +1,14 @@
 """What answers a question, told as facts."""
 
+import dataclasses
+
 import numpy as np
+import pytest
 
 from longvid_jax.data.batches import endless
 from longvid_jax.data.chat import QUERIES_FIRST_TEMPLATE
 from longvid_jax.data.facts import FACT_WIDTH, features
-from longvid_jax.data.telling import TellingBatches, TellingSource, relevant, told
+from longvid_jax.data.telling import TellingBatches, TellingSource, noted, relevant, told
 from longvid_jax.data.tokenizer import bert_tokenizer, world_tokenizer
 from longvid_jax.video.synthetic import World
 
@@ -41,7 +44,7 @@ def test_the_events_that_answer_are_found():
 def test_facts_stand_in_order_and_are_moved_in_time():
     world = World(3, seconds=16.0)
     questions = world.questions(12, FAMILIES)
-    facts = told(world, questions, 4, 10.0, 2.0)
+    facts = told(world, questions, 4, 10.0, 2.0)["facts"]
     assert facts.shape == (len(questions), 4, FACT_WIDTH)
     for row, question in zip(facts, questions, strict=True):
         events = relevant(world, question)[:4]
@@ -50,8 +53,42 @@ def test_facts_stand_in_order_and_are_moved_in_time():
             np.testing.assert_array_equal(row[n], wanted)
 
 
-def test_batches_have_a_row_of_facts_for_each_question():
-    source = TellingSource(50, seconds=(8.0,), size=(28, 28), questions=5, families=FAMILIES, temporal=1, slots=4)
+@pytest.mark.parametrize("clip_frames", [4, 8])
+def test_an_event_is_noted_down_once_as_far_as_its_clip_knows_it(clip_frames):
+    times, cut = np.arange(32) / 2, 0
+    for seed in range(20):
+        world = World(seed, seconds=16.0)
+        questions = world.questions(12, FAMILIES)
+        notes = noted(world, questions, times, clip_frames, 2)
+        facts = notes["facts"].reshape(len(questions), 32, 2, FACT_WIDTH)
+        assert notes["seen"].shape == (len(questions), 32)
+        for row, seen, question in zip(facts, notes["seen"], questions, strict=True):
+            events = relevant(world, question)
+            for t, time in enumerate(times):
+                assert seen[t] == any(event.start <= time < event.end for event in events)
+                begun = [event for event in events if time - 0.5 < event.moment <= time < event.end]
+                clip_ends = times[t - t % clip_frames + clip_frames - 1]
+                known = [dataclasses.replace(event, end=min(event.end, clip_ends)) for event in begun]
+                cut += sum(one.end != other.end for one, other in zip(known, begun, strict=True))
+                for n in range(2):
+                    wanted = features(known[n]) if n < len(known) else np.zeros(FACT_WIDTH)
+                    np.testing.assert_array_equal(row[t, n], wanted)
+    assert cut > 10
+
+
+def test_a_world_of_which_nothing_can_be_asked_gives_way():
+    source = TellingSource(10, seconds=(4.0,), families=("presence",), questions=1)
+    silent = [n for n in range(40) if not World(n, seconds=4.0).questions(1, ("presence",))]
+    assert silent
+    other = TellingSource(silent[0] + 1, seconds=(4.0,), families=("presence",), questions=1)
+    assert other.world(silent[0]).seed == next(n for n in range(silent[0], 10**6, silent[0] + 1) if n not in silent)
+    assert [source.world(n).seed for n in range(10) if n not in silent] == [n for n in range(10) if n not in silent]
+
+
+@pytest.mark.parametrize(("slots", "clip_frames", "facts"), [(4, 0, 4), (2, 8, 2 * 16)])
+def test_batches_have_a_row_of_facts_for_each_question(slots, clip_frames, facts):
+    how = {"seconds": (8.0,), "size": (28, 28), "questions": 5, "families": FAMILIES, "temporal": 1}
+    source = TellingSource(50, **how, slots=slots, clip_frames=clip_frames)
     tokenizer = world_tokenizer()
     tokenizer.chat_template = QUERIES_FIRST_TEMPLATE
 
@@ -71,10 +108,10 @@ def test_batches_have_a_row_of_facts_for_each_question():
         )
 
     batch = batches()[3]
-    assert batch.arrays["facts"].shape == (4, batch.arrays["tokens"].shape[1], 4, FACT_WIDTH)
+    assert batch.arrays["facts"].shape == (4, batch.arrays["tokens"].shape[1], facts, FACT_WIDTH)
     for row, example in zip(batch.arrays["facts"], batch.examples, strict=True):
         asked = len(example.conversations)
-        np.testing.assert_array_equal(row[:asked], example.told())
+        np.testing.assert_array_equal(row[:asked], example.told()["facts"])
         assert not row[asked:].any()
     halves = [batches(n, 2)[3].arrays["facts"] for n in range(2)]
     np.testing.assert_array_equal(np.concatenate(halves), batch.arrays["facts"])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,12 @@ from flax import nnx
 
 import longvid_jax as lv
 from longvid_jax.errors import OptionError
+from longvid_jax.models.layers import FeedForward, exact_gelu
 from longvid_jax.models.perceiver import Contrast
 from longvid_jax.scale.mesh import make_mesh
 from longvid_jax.train import config
 from longvid_jax.train.parameters import split
-from longvid_jax.train.rewound import Looking, contrast, rewound_tokens
+from longvid_jax.train.rewound import Looking, contrast, noting, rewound_tokens
 from longvid_jax.train.siglip import siglip
 from longvid_jax.train.tasks import SOURCES
 from tests.systems.small_adacm2 import QUESTIONS, batch_of
@@ -128,6 +130,44 @@ def test_truncation_changes_no_value(model, pixels):
         )
         values.append(np.asarray(each))
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
+
+
+def test_what_is_noted_is_far_from_facts_as_numpy_says(model, pixels):
+    """From the memory that the system writes, alone for each question, in float64."""
+    config = model.model.config
+    facts = FeedForward(6, 8, config.text.width, exact_gelu, dtype=jnp.float32, rngs=nnx.Rngs(3))
+    batch, rng = questions_about(model, pixels), np.random.default_rng(5)
+    batch["groups"] = np.where(batch["tokens"] >= 0, 1, -1).reshape(2, -1)
+    batch["facts"] = rng.normal(size=(2, 2, 2 * FRAMES, 6)) * (rng.random((2, 2, 2 * FRAMES, 1)) < 0.2)
+    batch["seen"] = rng.random((2, 2, FRAMES)) < 0.3
+    batch["weights"][1, 1] = 0  # was not asked
+    found = {}
+    for weight in (0.0, 0.5):
+        looking = dataclasses.replace(LOOKING, relevance=weight)
+        run = jax.jit(partial(noting, facts=facts, looking=looking, mean=MEAN, std=STD))
+        found[weight] = jax.tree.map(float, run(model.model, jax.tree.map(jnp.asarray, batch)))
+
+    wanted = np.asarray(facts(jnp.asarray(batch["facts"], jnp.float32)), np.float64)
+    real = batch["facts"].any(-1) & (batch["weights"].max(-1) > 0)[..., None]
+    size = np.square(wanted)[real].sum() / real.sum()
+    total, right, missed = 0.0, 0, 0.0
+    for v, a in [(0, 0), (0, 1), (1, 0)]:
+        memory = model.begin(QUESTIONS[v + a])
+        for frames in batch_of([pixels[10 * v : 10 * v + LENGTHS[v]]], 6):
+            memory = model.watch(memory, frames)
+        written = model.finish(memory).written
+        tokens = np.zeros((FRAMES, 2, config.perceiver.width), np.float32)
+        tokens[: LENGTHS[v]] = written.tokens[0, : LENGTHS[v]]
+        told = np.asarray(model.model.memory_projection(tokens), np.float64).reshape(2 * FRAMES, -1)
+        distance = np.square(told - wanted[v, a]).sum(-1) / size
+        total += (distance * np.where(real[v, a], 1, 0.05)).sum()
+        right += (real[v, a] & (distance < 0.1)).sum()
+        seen = batch["seen"][v, a, : LENGTHS[v]]
+        share = model.answer(memory).trace.relevance[0][seen].sum() / config.perceiver.heads
+        missed -= math.log(share) if seen.any() else 0
+    assert found[0.0][0] == pytest.approx(total, rel=1e-4)
+    assert found[0.0][1:] == (real.sum(), {"right": right, "tokens": (batch["tokens"] >= 0).sum()})
+    assert found[0.5][0] == pytest.approx(total + 0.5 * missed, rel=1e-4)
 
 
 # --- SigLIP -----------------------------------------------------------------------------------------------------------
