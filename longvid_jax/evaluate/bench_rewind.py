@@ -19,8 +19,10 @@ import numpy as np
 from flax import nnx
 
 from longvid_jax.errors import OptionError
+from longvid_jax.evaluate import cost_rewind
 from longvid_jax.evaluate.turns import turns
 from longvid_jax.memory import rewind
+from longvid_jax.models.eva_vit import EvaConfig
 from longvid_jax.models.paths import leaves
 from longvid_jax.models.perceiver import Instruction, Perceiver, PerceiverConfig, ReadWrite, cycle
 from longvid_jax.systems.loading import default_dtype
@@ -53,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clip-frames", type=int, default=8, help="(default: 8)")
     parser.add_argument("--repeats", type=int, default=3, help="turns, of which the median counts (default: 3)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that it runs")
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="count FLOPs and bytes of 64 to 4,096 frames at full size, and measure nothing",
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -64,6 +71,8 @@ def run(arguments: argparse.Namespace) -> dict:
         raise OptionError(
             f"--frames is {arguments.frames}, but must be a multiple of the {arguments.clip_frames} of a clip."
         )
+    if arguments.cost:
+        return cost_rewind.run(PerceiverConfig(), EvaConfig(), clip_frames=arguments.clip_frames, words=WORDS)
     size = "quick" if arguments.quick else arguments.size
     config, patches = SIZES[size]
     networks, given = build(config), inputs(config, patches, arguments.frames, arguments.clip_frames)
@@ -109,6 +118,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def report(result: dict) -> str:
     """The result of `run` as text."""
+    if "exponents" in result:
+        return cost_rewind.report(result)
     lines = [
         f"{result['size']} random perceiver, {result['dtype']}, {result['device']}, {result['cores']} cores, jax "
         f"{result['jax']}; {result['frames']} frames of {result['patches']} patches in clips of "
