@@ -18,12 +18,14 @@ from longvid_jax.memory import adacm2
 from longvid_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from longvid_jax.models.paths import leaves
 from longvid_jax.models.qwen2_vl import Qwen2VL, Qwen2VLConfig
+from longvid_jax.models.rewind import Rewind, RewindConfig
 from longvid_jax.models.sharding import parameter_sharding
 from longvid_jax.ops.kv_cache import KVCache
 from longvid_jax.ops.sharding import BATCH, divisible
 from longvid_jax.scale.mesh import make_mesh
-from longvid_jax.systems import adacm2_steps, text_steps
+from longvid_jax.systems import adacm2_steps, rewind_steps, text_steps
 from longvid_jax.systems import retake_steps as steps
+from longvid_jax.systems.rewind import ReWind
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -129,37 +131,104 @@ def compile_adacm2(
         outputs = array(shapes[1].shape, dtype)
         pixels = array((batch, frames, side, side, 3), jnp.uint8, BATCH)
         features = array((batch, frames, tokens, config.vision.width), dtype, BATCH)
-        row, ids = array((batch,)), array((batch, prompt))
-        vectors = array((batch, config.num_queries, config.text.width), dtype)
         watch = adacm2_steps.watch_window.lower(
             model,
             cache,
             outputs,
             features,
-            row,
+            array((batch,)),
             array((batch, frames), jnp.bool_),
             array((batch, words)) if config.qformer.words else None,
             _key(mesh) if policy.scores == "random" else None,
             policy=policy,
             carry_queries=carry_queries,
         )
-        empty = jax.eval_shape(lambda: model.text.empty_cache(batch, prompt + new_tokens))
-        read = text_steps.read_prompt.lower(model.text, _spread(mesh, empty), ids, ids, vectors)
-        write = text_steps.write_answer.lower(
-            model.text,
-            _spread(mesh, empty),
-            array((batch, config.text.vocab_size), jnp.float32),
-            row,
-            array((1,)),
-            _key(mesh),
-            None,
-            array((), jnp.float32),
-            max_new_tokens=new_tokens,
-            keep_logits=False,
-        )
         encode = adacm2_steps.encode_frames.lower(model, pixels, mean=CLIP_MEAN, std=CLIP_STD)
-        lowered = {"encode": encode, "watch": watch, "read": read, "write": write}
+        answering = _answering(model.text, mesh, batch, prompt, config.num_queries, new_tokens, dtype)
+        lowered = {"encode": encode, "watch": watch, **answering}
         return {name: step.compile() for name, step in lowered.items()}
+
+
+def compile_rewind(
+    config: RewindConfig,
+    mesh: Mesh,
+    *,
+    batch: int,
+    capacity: int,
+    method: ReWind | None = None,
+    frames: int = 16,
+    words: int = 32,
+    prompt: int = 64,
+    new_tokens: int = 16,
+    dtype=jnp.bfloat16,
+) -> dict[str, jax.stages.Compiled]:
+    """ReWind's steps compiled for a mesh: "encode" and "watch" a window, "look" back, "tell", "read" and "write".
+
+    capacity: frames that the memory has room for. frames, words and prompt: as for compile_adacm2, the prompt without
+    what is told of the video.
+    """
+    method, side, tower = method or ReWind(), config.vision.image_size, config.vision
+    array = partial(_array, mesh)
+    with jax.set_mesh(mesh):
+        model = abstract_parameters(Rewind, config, mesh, dtype)
+        shapes = jax.eval_shape(lambda: rewind_steps.new_memory(model, batch=batch, capacity=capacity))
+        memory = jax.tree.map(lambda x: array(x.shape, x.dtype, BATCH), shapes)
+        keys = array(shapes.keys.shape, dtype, BATCH, None, None, "tensor")
+        memory = dataclasses.replace(memory, keys=keys, values=keys)
+        detail = (config.detail_tokens, tower.width)
+        pixels = array((batch, frames, side, side, 3), jnp.uint8, BATCH)
+        features = array((batch, frames, tower.side**2, tower.width), dtype, BATCH)
+        text = array((batch, words))
+        watch = rewind_steps.watch_window.lower(
+            model,
+            memory,
+            array((batch, capacity, *detail), rewind_steps.DETAIL, BATCH),
+            features,
+            array((batch, frames, *detail), rewind_steps.DETAIL, BATCH),
+            array(()),
+            array((batch, frames), jnp.bool_),
+            text,
+            clip_frames=method.clip_frames,
+        )
+        look = rewind_steps.look_back.lower(
+            model,
+            memory,
+            text,
+            num_candidates=method.num_candidates,
+            num_select=method.num_selected,
+            num_neighbors=method.num_neighbors,
+        )
+        selected = array((batch, method.num_selected, *detail), rewind_steps.DETAIL, BATCH)
+        told = capacity * config.perceiver.num_write + 1 + method.num_selected * config.detail_tokens
+        lowered = {
+            "encode": rewind_steps.encode_frames.lower(model, pixels, mean=CLIP_MEAN, std=CLIP_STD),
+            "watch": watch,
+            "look": look,
+            "tell": rewind_steps.tell.lower(model, memory, selected),
+            **_answering(model.text, mesh, batch, told + prompt, told, new_tokens, dtype),
+        }
+        return {name: step.compile() for name, step in lowered.items()}
+
+
+def _answering(decoder, mesh: Mesh, batch: int, prompt: int, vectors: int, new_tokens: int, dtype) -> dict:
+    """Lowered: "read" a prompt of so many tokens, vectors for some of them, and "write" an answer."""
+    array, config = partial(_array, mesh), decoder.config
+    cache = _spread(mesh, jax.eval_shape(lambda: decoder.empty_cache(batch, prompt + new_tokens)))
+    row, ids = array((batch,)), array((batch, prompt))
+    read = text_steps.read_prompt.lower(decoder, cache, ids, ids, array((batch, vectors, config.width), dtype))
+    write = text_steps.write_answer.lower(
+        decoder,
+        cache,
+        array((batch, config.vocab_size), jnp.float32),
+        row,
+        array((1,)),
+        _key(mesh),
+        None,
+        array((), jnp.float32),
+        max_new_tokens=new_tokens,
+        keep_logits=False,
+    )
+    return {"read": read, "write": write}
 
 
 def abstract_parameters(network, config, mesh: Mesh, dtype):

@@ -113,5 +113,6 @@ def _instruction(model: Rewind, text: jax.Array) -> Instruction:
 
 
 def _constrain(memory: TokenMemory) -> TokenMemory:
-    """Rows of the batch on (data, fsdp)."""
-    return jax.tree.map(lambda x: constrain(x, BATCH), memory)
+    """Rows of the batch on (data, fsdp); what READ's heads look at on tensor, as its projections are."""
+    keys, values = (constrain(x, BATCH, None, None, "tensor") for x in (memory.keys, memory.values))
+    return TokenMemory(constrain(memory.tokens, BATCH), keys, values, constrain(memory.length, BATCH))

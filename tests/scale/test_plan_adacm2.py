@@ -32,11 +32,9 @@ def test_watching_and_answering_compile_for_v5e(compiled):
     assert set(plans) == {"encode", "watch", "read", "write"}
     for step in plans.values():
         assert 0 < step.argument_bytes + step.temporary_bytes + step.output_bytes < 16 << 30
-        print(step)
 
 
 def test_the_video_cache_is_updated_in_place(compiled):
     """What the step gives back is donated."""
     step = plan.summary(compiled["watch"])
-    print(step)
     assert step.output_bytes < 4096
