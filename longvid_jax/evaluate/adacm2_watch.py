@@ -91,7 +91,7 @@ def remember(
     """
     rows = text.shape[0]
     blind = policy.scores in BLIND and not carry_queries
-    ask, learned = _glance(model) if blind else steps.asker(model, text), model.queries(rows)
+    ask, learned = _glance(model) if blind else Ask(*model.asker(text)), model.queries(rows)
 
     def frame(state, xs):
         cache, queries = state
@@ -119,7 +119,7 @@ def look(
     rows = text.shape[0]
     each = rows // queries.shape[0]
     cache = jax.tree.map(lambda x: jnp.repeat(x, each, axis=1), cache)
-    window, ask = _window(model, features, number, rows), steps.asker(model, text)
+    window, ask = _window(model, features, number, rows), Ask(*model.asker(text))
     queries, scores = jnp.repeat(queries, each, axis=0), Policy(policy.alpha, policy.beta)
     return ask.conclude(adacm2.step(cache, queries, window, ask, scores)[1])  # what it evicts is of no account
 
@@ -138,7 +138,7 @@ def look_at_all(model: InstructBlip, features: jax.Array, text: jax.Array) -> ja
         context = attend(together, Keys(k, v))
         return rearrange(context, "v h (a q) d -> (v a) h q d", q=q.shape[2]), carry
 
-    ask = steps.asker(model, text)
+    ask = Ask(*model.asker(text))
     return ask.conclude(ask.look(model.queries(text.shape[0]), look, ())[0])
 
 

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import adacm2_watch
+from longvid_jax.evaluate import adacm2_watch, rewind_watch
 from longvid_jax.memory.state import rows as taken
 from longvid_jax.systems.adacm2 import AdaCM2, AdaCM2Model
 from longvid_jax.systems.base import Memory, VideoModel
+from longvid_jax.systems.prompted import PromptedModel
 from longvid_jax.systems.retake import PLAIN, ReTaKe
+from longvid_jax.systems.rewind import ReWind, RewindModel
 from longvid_jax.video import Frames
 from longvid_jax.video.synthetic import Question, World, multiple_choice
 
@@ -68,7 +70,7 @@ class Rendered:
     """A world whose frames at the times of a setup are rendered once, however often it is watched."""
 
     def __init__(self, world: World, setup: Setup):
-        self.seconds = world.seconds
+        self.seconds, self.events = world.seconds, world.events
         self._world, self._times, self._size = world, setup.times(world), setup.size
 
     @cached_property
@@ -131,6 +133,9 @@ def answers(
     watched(memory, count) of each memory, whose first `count` rows are different ones; not of AdaCM2's.
     """
     check_size(model, size)
+    if isinstance(model, RewindModel):
+        how = {"max_new_tokens": MAX_NEW_TOKENS, "progress": progress}
+        return rewind_watch.answers(model, worlds, asked, times, size, **how)
     if isinstance(model, AdaCM2Model) and model.asks_once:
         return _together(model, worlds, asked, times, size, progress)
     guided = model.asks_once or isinstance(model, AdaCM2Model)
@@ -164,7 +169,7 @@ def answers(
 
 def glimpse(model: VideoModel) -> VideoModel:
     """The same model for a single frame, without compression."""
-    return with_method(model, None if isinstance(model, AdaCM2Model) else GLANCE)
+    return with_method(model, None if isinstance(model, PromptedModel) else GLANCE)
 
 
 def middle(world: World) -> np.ndarray:
@@ -172,9 +177,9 @@ def middle(world: World) -> np.ndarray:
     return np.array([world.seconds / 2])
 
 
-def with_method(model: VideoModel, method: ReTaKe | AdaCM2 | None) -> VideoModel:
+def with_method(model: VideoModel, method: ReTaKe | AdaCM2 | ReWind | None) -> VideoModel:
     """The same weights with other run-time choices; yarn_factor is fixed where a model is loaded."""
-    words = {"words": model.words} if isinstance(model, AdaCM2Model) else {}
+    words = {"words": model.words} if isinstance(model, PromptedModel) else {}
     return type(model)(model.model, model.settings, method=method, tokenizer=model.tokenizer, **words)
 
 

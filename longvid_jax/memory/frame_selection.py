@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from longvid_jax.ops.attention import column_sums
-from longvid_jax.ops.topk import Kept, top_k
+from longvid_jax.ops.topk import Kept, compact, top_k
 
 
 class Chosen(NamedTuple):
@@ -95,6 +95,16 @@ def select_frames(
     peaks = density_peaks(theirs, candidates.valid, num_neighbors=num_neighbors, num_select=num_select)
     indices = jnp.take_along_axis(candidates.indices, peaks.indices, axis=1)
     return Selection(candidates, Chosen(indices, peaks.valid))
+
+
+def spread(valid: jax.Array, num_select: int) -> Chosen:
+    """num_select entries of those valid [B, N], evenly: of n the floor((i + 1/2) n / num_select)-th. Of fewer, all."""
+    count = valid.sum(-1, dtype=jnp.int32)[:, None]
+    place = jnp.cumsum(valid, axis=-1) - 1
+    steps = jnp.arange(num_select, dtype=jnp.int32)
+    wanted = jnp.where(count < num_select, steps, ((2 * steps + 1) * count) // (2 * num_select))
+    mask = valid & (wanted[:, :, None] == place[:, None]).any(1)
+    return _chosen(Kept(compact(mask, num_select), jnp.minimum(count[:, 0], num_select), mask), num_select)
 
 
 def _chosen(kept: Kept, width: int) -> Chosen:

@@ -4,6 +4,7 @@ What AdaCM2 (2411.12593) adds to it is an embedding of frame numbers, which a pl
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -106,3 +107,13 @@ class InstructBlip(nnx.Module):
     def queries(self, batch: int) -> jax.Array:
         """The learned queries [B, Q, width]."""
         return jnp.broadcast_to(self.query_tokens[...], (batch, *self.query_tokens.shape))
+
+    def asker(self, text: jax.Array | None) -> tuple[Callable, Callable]:
+        """look and conclude for memory.adacm2.Ask: the Q-Former with instructions int32 [B, S] (-1: padding behind)."""
+        words = None if text is None else self.qformer.embed(jnp.maximum(text, 0))
+        valid = None if words is None else text >= 0
+
+        def look(queries, look, carry):
+            return self.qformer.look(queries, words, valid, look, carry)
+
+        return look, lambda seen: self.qformer.conclude(seen, self.config.num_queries, valid)

@@ -41,17 +41,6 @@ def window(model: InstructBlip, features: jax.Array, number: jax.Array, valid: j
     return Window(by_frame(keys), by_frame(values), number.T, valid.T)
 
 
-def asker(model: InstructBlip, text: jax.Array | None) -> Ask:
-    """The Q-Former with the instructions int32 [B, S] (-1: padding behind them)."""
-    words = None if text is None else model.qformer.embed(jnp.maximum(text, 0))
-    valid = None if words is None else text >= 0
-
-    def look(queries, look, carry):
-        return model.qformer.look(queries, words, valid, look, carry)
-
-    return Ask(look, lambda seen: model.qformer.conclude(seen, model.config.num_queries, valid))
-
-
 @partial(jax.jit, static_argnames=("policy", "carry_queries"), donate_argnames=("cache", "outputs"))
 def watch_window(
     model: InstructBlip,
@@ -75,7 +64,7 @@ def watch_window(
         _constrain_cache(cache),
         outputs,
         window(model, features, number, valid),
-        asker(model, text),
+        Ask(*model.asker(text)),
         model.queries(valid.shape[0]),
         policy,
         carry_queries=carry_queries,

@@ -14,6 +14,7 @@ from longvid_jax.convert.settings import Settings
 from longvid_jax.data import chat
 from longvid_jax.errors import InstructionError, OptionError, PromptError, VideoWarning
 from longvid_jax.memory import rewind
+from longvid_jax.memory.frame_selection import Selection
 from longvid_jax.memory.state import RewindMemory, Waiting
 from longvid_jax.models.rewind import Rewind
 from longvid_jax.systems import rewind_steps as steps
@@ -264,18 +265,10 @@ class RewindModel(PromptedModel):
         return self._in_words(out.tokens, out.count, trace)
 
     def _decode(self, memory: RewindMemory, *, video: Video | Sequence[Video] | None = None, **decoding):
-        choices = self.choices
-        scores, selection = steps.look_back(
-            self.model,
-            memory.written,
-            memory.instruction,
-            num_candidates=choices.num_candidates,
-            num_select=choices.num_selected,
-            num_neighbors=choices.num_neighbors,
-        )
+        scores, selection = self._look_back(memory)
         indices, valid = (np.asarray(x) for x in selection.selected)
         vectors = steps.tell(self.model, memory.written, self._details(memory, indices, valid, video))
-        ids, places = self._placed(memory, valid.sum(1))
+        ids, places = self._placed(memory, memory.read, valid.sum(1))
         longest = int((ids >= 0).sum(1).max())
         new = decoding.get("max_new_tokens", MAX_NEW_TOKENS)
         self._check_length(longest, new, "watch fewer frames a second")
@@ -293,6 +286,18 @@ class RewindModel(PromptedModel):
             thumbnails=memory.thumbnails,
         )
         return self._write(ids, places, vectors, **decoding), trace
+
+    def _look_back(self, memory: RewindMemory) -> tuple[jax.Array, Selection]:
+        """Each frame's relevance [B, R], and the frames to look at in detail."""
+        choices = self.choices
+        return steps.look_back(
+            self.model,
+            memory.written,
+            memory.instruction,
+            num_candidates=choices.num_candidates,
+            num_select=choices.num_selected,
+            num_neighbors=choices.num_neighbors,
+        )
 
     def _details(self, memory: RewindMemory, indices: np.ndarray, valid: np.ndarray, video) -> jax.Array:
         """Detail tokens [B, K, m, W] of frames int [B, K]."""
@@ -312,12 +317,15 @@ class RewindModel(PromptedModel):
         _, details = steps.encode_frames(self.model, pixels, mean=self.settings.mean, std=self.settings.std)
         return details
 
-    def _placed(self, memory: RewindMemory, selected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The prompts with all vectors of `tell` that are real in the video's place: ids and places int32 [B, N]."""
+    def _placed(self, memory: RewindMemory, written: np.ndarray, selected: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts with what is told of the video in its place: ids and places int32 [B, N], places in `tell`'s.
+
+        written, selected int [B]: of how many frames of the memory, and of how many in detail.
+        """
         capacity, each = memory.written.tokens.shape[1:3]
         separator, detail = capacity * each, self.model.config.detail_tokens
         rows = []
-        for ids, places, frames, count in zip(memory.ids, memory.places, memory.read, selected, strict=True):
+        for ids, places, frames, count in zip(memory.ids, memory.places, written, selected, strict=True):
             at, end = int(np.argmax(places == 0)), int((ids >= 0).sum())
             vectors = [*range(each * frames), *range(separator, separator + 1 + detail * count)]
             words = [-1] * at, [-1] * (end - at - 1)

@@ -16,6 +16,7 @@ from longvid_jax.memory.adacm2 import SCORES
 from longvid_jax.ops.layers import REMAT
 from longvid_jax.train import profile
 from longvid_jax.train.optimizer import OptimizerConfig
+from longvid_jax.train.rewound import FRAMES
 
 STAGE = {
     "steps": 0,  # or
@@ -36,7 +37,8 @@ BASE = {
     "frame_positions": {"count": 0, "initial": "zeros"},  # AdaCM2's, where the model has none; or "waves"
     "adacm2": {"alpha": 0.1, "beta": 0.1, "carry_queries": False, "stop_gradient": False, "scores": "attention"},
     # how ReWind watches and looks back, see train.rewound; truncate: gradients flow through so many clips, 0: all;
-    # relevance: weight of a loss of its own that frame selection learns from while telling does, 0: as in the paper
+    # relevance: weight of a loss of its own that frame selection learns from while telling does, 0: as in the paper;
+    # memory, frames: whether the memory is told, and which frames are: to compare with, see train.rewound.FRAMES
     "rewind": {
         "clip_frames": 8,
         "num_candidates": 64,
@@ -44,6 +46,8 @@ BASE = {
         "num_neighbors": 5,
         "truncate": 0,
         "relevance": 0.0,
+        "memory": True,
+        "frames": "selected",
     },
     "stacked": True,  # layers as one scanned stack, or else each apart
     "compute_dtype": "float32",
@@ -127,6 +131,7 @@ def resolve(config: Mapping) -> ConfigDict:
     _check(config, "compute_dtype", DTYPES)
     _check(config["frame_positions"], "initial", ("zeros", "waves"), "frame_positions.")
     _check(config["adacm2"], "scores", SCORES, "adacm2.")
+    _check(config["rewind"], "frames", FRAMES, "rewind.")
     if config["rewind"]["truncate"] < 0:
         raise OptionError(f"config.rewind.truncate is {config['rewind']['truncate']}, but must be at least 0.")
     if config["rewind"]["num_selected"] > config["rewind"]["num_candidates"]:

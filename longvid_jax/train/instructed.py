@@ -7,11 +7,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from longvid_jax.memory import adacm2
-from longvid_jax.memory.adacm2 import Policy, Window
+from longvid_jax.memory.adacm2 import Ask, Policy, Window
 from longvid_jax.models.instructblip import InstructBlip
 from longvid_jax.models.layers import FeedForward
 from longvid_jax.ops.attention import Keys, attend
-from longvid_jax.systems import adacm2_steps as steps
 from longvid_jax.train.losses import token_losses
 from longvid_jax.train.telling import distance_to_facts
 from longvid_jax.video.preprocess import normalise
@@ -65,7 +64,7 @@ def _watched(
     placed = model.placed(features, batch["number"])
     keys, values = model.qformer.keys_values(placed)  # [L, B, T, P, C]
     words = batch["words"].reshape(-1, batch["words"].shape[-1])
-    ask, queries = steps.asker(model, words), model.queries(words.shape[0])
+    ask, queries = Ask(*model.asker(words)), model.queries(words.shape[0])
 
     if policy.keeps_all and not carry_queries:
         # As adacm2.watch does it then, but with no copy of a video for each of its questions.

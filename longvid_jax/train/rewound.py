@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from longvid_jax.memory import rewind
+from longvid_jax.memory.frame_selection import spread
 from longvid_jax.memory.rewind import TokenMemory
 from longvid_jax.models.layers import FeedForward
 from longvid_jax.models.perceiver import Instruction
@@ -19,6 +20,8 @@ from longvid_jax.train.siglip import siglip
 from longvid_jax.train.telling import distance_to_facts
 from longvid_jax.video.preprocess import normalise
 
+FRAMES = ("selected", "uniform", "oracle")
+
 
 @dataclasses.dataclass(frozen=True)
 class Looking:
@@ -26,6 +29,9 @@ class Looking:
 
     relevance: weight, while telling is learned, of a loss that the paper does not have: how little of the question's
     attention the frames draw that show what it is about.
+
+    To compare with: memory=False tells the decoder nothing of the memory. frames: "selected", or "uniform", spread over
+    the video, or "oracle", over the frames that show what a question is about (of which data.telling knows).
     """
 
     clip_frames: int = 8
@@ -34,6 +40,8 @@ class Looking:
     num_neighbors: int = 5
     truncate: int = 0
     relevance: float = 0.0
+    memory: bool = True
+    frames: str = "selected"
 
     def room(self, frames: int) -> int:
         """Frames of a memory for so many: whole clips."""
@@ -53,10 +61,23 @@ def rewound_tokens(
     Which frames are looked at in detail is no matter of gradients; that the memory can be asked is learned by reading.
     """
     memory, instruction, details = _watched(model, batch, looking=looking, mean=mean, std=std, remat=remat)
-    selected = _selected(model, *jax.lax.stop_gradient((memory, model.asked(instruction))), looking)[1].selected
+    if looking.frames == "selected":
+        selected = _selected(model, *jax.lax.stop_gradient((memory, model.asked(instruction))), looking)[1].selected
+    else:
+        selected = spread(_offered(batch, looking), looking.num_selected)
     details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
-    vectors, there = model.told(memory.tokens, memory.valid, details, selected.valid)
+    vectors, there = model.told(memory.tokens, memory.valid & looking.memory, details, selected.valid)
     return _said(model, vectors, there, batch, remat)
+
+
+def _offered(batch: Mapping[str, jax.Array], looking: Looking) -> jax.Array:
+    """bool [B * A, T]: the frames to choose from; all of a video that shows nothing of what is asked."""
+    asked = batch["tokens"].shape[1]
+    shown = jnp.repeat(batch["shown"], asked, axis=0)
+    if looking.frames == "uniform":
+        return shown
+    seen = batch["seen"].reshape(shown.shape) & shown
+    return jnp.where(seen.any(-1, keepdims=True), seen, shown)
 
 
 def noting(

@@ -199,6 +199,7 @@ def _rewind(model: Model) -> RewindConfig:
 
 def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1, kind=InstructedBatches):
     settings, looking = _rewind(model), Looking(**model.rewind)
+    kind = TellingBatches if looking.frames == "oracle" else kind
     return kind(
         _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
         frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=partial(looking.vectors, settings),

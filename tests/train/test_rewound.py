@@ -13,6 +13,7 @@ from flax import nnx
 
 import longvid_jax as lv
 from longvid_jax.errors import OptionError
+from longvid_jax.evaluate.rewind_watch import Variant
 from longvid_jax.models.layers import FeedForward, exact_gelu
 from longvid_jax.models.perceiver import Contrast
 from longvid_jax.scale.mesh import make_mesh
@@ -63,9 +64,8 @@ def questions_about(model, pixels) -> dict[str, np.ndarray]:
     )
 
 
-@jax.jit
-def tokens_of(module, batch):
-    return rewound_tokens(module, batch, looking=LOOKING, mean=MEAN, std=STD)
+def tokens_of(module, batch, looking=LOOKING):
+    return jax.jit(partial(rewound_tokens, looking=looking, mean=MEAN, std=STD))(module, batch)
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -76,17 +76,22 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (45, 28, 28, 3), dtype=np.uint8)
 
 
-def test_answers_are_as_likely_as_the_system_says(model, pixels):
+@pytest.mark.parametrize(("frames", "memory"), [("selected", True), ("uniform", False), ("oracle", True)])
+def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory):
     """Of the first token of each answer, from the logits that answer() decodes from: whole and ragged."""
     assert (model.settings.mean, model.settings.std) == (MEAN, STD)
     batch = questions_about(model, pixels)
-    each, _ = tokens_of(model.model, batch)
+    batch["seen"] = np.random.default_rng(1).random((2, 2, FRAMES)) < 0.4
+    batch["seen"][1, 0] = False
+    asked = model if frames == "selected" else Variant(model, model.choices, memory=memory, frames=frames)
+    each, _ = tokens_of(model.model, batch, dataclasses.replace(LOOKING, memory=memory, frames=frames))
     each = np.asarray(each).reshape(batch["tokens"].shape)
     for v, a in np.ndindex(2, 2):
-        memory = model.begin(QUESTIONS[v + a])
-        for frames in batch_of([pixels[10 * v : 10 * v + LENGTHS[v]]], 6):
-            memory = model.watch(memory, frames)
-        out, _ = model._decode(model.finish(memory), max_new_tokens=1, keep_logits=True)
+        watched = asked.begin(QUESTIONS[v + a])
+        asked.seen = batch["seen"][v, a][None]
+        for window in batch_of([pixels[10 * v : 10 * v + LENGTHS[v]]], 6):
+            watched = asked.watch(watched, window)
+        out, _ = asked._decode(asked.finish(watched), max_new_tokens=1, keep_logits=True)
         expected = -np.asarray(jax.nn.log_softmax(out.logits[0, 0]))[7]
         first = int(np.argmax(batch["weights"][v, a]))
         # The system keeps details in bfloat16.
@@ -125,10 +130,7 @@ def test_truncation_changes_no_value(model, pixels):
     late = dataclasses.replace(LOOKING, truncate=1)
     values = []
     for looking in (LOOKING, late):
-        each, _ = jax.jit(lambda m, b, looking=looking: rewound_tokens(m, b, looking=looking, mean=MEAN, std=STD))(
-            model.model, batch
-        )
-        values.append(np.asarray(each))
+        values.append(np.asarray(tokens_of(model.model, batch, looking)[0]))
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
 
 
@@ -274,6 +276,7 @@ def test_recipes(tmp_path):
     [
         ({"rewind": {"clip_frames": 0}}, "config.rewind.clip_frames is 0, but must be at least 1"),
         ({"rewind": {"truncate": -1}}, "config.rewind.truncate is -1, but must be at least 0"),
+        ({"rewind": {"frames": "all"}}, "config.rewind.frames is 'all', but must be"),
         ({"rewind": {"num_selected": 65}}, "config.rewind.num_selected is 65, but must be at most num_candidates"),
     ],
 )
