@@ -20,6 +20,10 @@ tiny_pretrain, tiny_instruct and tiny_grounding are the same stages on the made-
     --config.checkpoint=runs/1/model
   longvid train --config configs/rewind.py:tiny_grounding --workdir runs/3 --config.checkpoint=runs/2/model
 
+What to compare with is trained as tiny_instruct with --config.rewind.memory=False, --config.rewind.frames=uniform or
+oracle, or --config.rewind.num_selected=64. tiny_write_N (1, 2, 4: tokens of a frame), tiny_queries_N (16, 32, 64) and
+tiny_fps_N (0.5, 1, 2) go from the towers to answers in one run each, for an accelerator.
+
 smoke_pretrain, smoke_instruct and smoke_grounding take seconds there and learn next to nothing: to see that all of it
 runs.
 """  # noqa: E501
@@ -48,6 +52,7 @@ SMOKE = {
 
 
 WORLD = {"size": (56, 56), "temporal": 1}  # of its videos, two frames a second
+CLIP = 8  # frames
 FAMILIES = ("needle", "order", "count", "when", "state", "presence")
 TINY = {
     "model_type": "rewind",
@@ -58,6 +63,12 @@ TINY = {
     "num_queries": 8,
     "detail_tokens": 4,
     "contrast_width": 64,
+}
+# tiny_write_4 and so on: what tokens written of a frame, queries, and frames a second bring.
+SWEEPS = {
+    **{f"write_{n}": ("slots", n) for n in (1, 2, 4)},
+    **{f"queries_{n}": ("num_queries", n) for n in (16, 32, 64)},
+    **{f"fps_{fps}": ("fps", float(fps)) for fps in ("0.5", "1", "2")},
 }
 
 
@@ -125,26 +136,32 @@ def _tiny(config, which: str):
     config.optim.b2, config.optim.weight_decay = 0.99, 0.05
     config.save.every = 200
     config.benchmark = {"seconds": 16.0, "fps": 2, "size": 56, "level": "clear", "families": FAMILIES}
+    towers = config.get_ref("towers")
+    parts = tuple({"to": part, "source": towers, "part": part} for part in ("vision", "bert", "text"))
     if which == "pretrain":
-        config.model = TINY
-        towers = config.get_ref("towers")
-        config.parts = tuple({"to": part, "source": towers, "part": part} for part in ("vision", "bert", "text"))
+        config.model, config.parts = TINY, parts
         config.trainable = ("perceiver/.*", "contrast/.*")
         captions = {"kind": "world", "count": 10_000_000, "seconds": (4.0,), "questions": 1, "families": ("caption",)}
         config.stages = (stage(task="contrast", steps=400, batch_size=48, sources=(WORLD | captions,), frames=(8,)),)
         return config
     config.trainable = (*OWN, ADAPTERS)
     config.lora.rank, config.lora.alpha, config.lora.patterns = 16, 16.0, (LORA,)
-    config.eval = _asked(batch_size=5, seconds=16.0, split="validation", count=1000)
+    how = {}
+    if which in SWEEPS:
+        name, value = SWEEPS[which]
+        how = {name: value} if name in ("fps", "slots") else {}
+        written = {"num_write": value} if name == "slots" else {name: value} if name == "num_queries" else {}
+        config.model, config.parts = TINY | written, parts
+    config.eval = _asked(batch_size=5, seconds=16.0, split="validation", count=1000, **how)
     config.eval.update({"every": 200, "batches": 8})
-    config.assets = "rewind_world"
-    if which == "instruct":
+    if which == "instruct" or which in SWEEPS:
+        config.assets = "rewind_world" if which == "instruct" else ""
         config.rewind.relevance = 0.1
         config.stages = (
-            _asked(batch_size=6, seconds=4.0, steps=300, task="telling"),
-            _asked(batch_size=4, seconds=16.0, steps=1000, task="telling"),
-            _asked(batch_size=4, seconds=16.0, steps=600),
-            _asked(batch_size=1, seconds=64.0, steps=150),
+            _asked(batch_size=6, seconds=4.0, steps=300, task="telling", **how),
+            _asked(batch_size=4, seconds=16.0, steps=1000, task="telling", **how),
+            _asked(batch_size=4, seconds=16.0, steps=600, **how),
+            _asked(batch_size=1, seconds=64.0, steps=150, **how),
         )
         return config
     if which != "grounding":
@@ -154,19 +171,33 @@ def _tiny(config, which: str):
     return config
 
 
-def _asked(batch_size: int, seconds: float, *, task="rewound", steps=0, split="train", count=10_000_000, families=()):
-    """Eight questions about each world of so many seconds: a stage, or without steps an evaluation."""
-    source = WORLD | {"kind": "telling" if task == "telling" else "world", "count": count, "seconds": (seconds,)}
-    source |= {"questions": 8, "families": families or FAMILIES, "split": split}
-    if task == "telling":
-        source |= {"clip_frames": 8, "slots": 2}
-    frames = int(2 * seconds)
-    values = {"task": task, "batch_size": batch_size, "sources": (source,), "frames": (frames,)}
-    values["text"] = (2 * frames + 33 + 36,)
+def _asked(
+    batch_size: int,
+    seconds: float,
+    *,
+    task: str = "rewound",
+    steps: int = 0,
+    split: str = "train",
+    count: int = 10_000_000,
+    families: tuple = FAMILIES,
+    fps: float = 2.0,
+    slots: int = 2,
+):
+    """Eight questions about each world of so many seconds: a stage, or without steps an evaluation.
+
+    Its source also knows what answers them, which "telling" and frames of an oracle ask for.
+    """
+    source = WORLD | {"kind": "telling", "count": count, "seconds": (seconds,), "questions": 8, "families": families}
+    source |= {"split": split, "fps": fps, "clip_frames": CLIP, "slots": slots}
+    frames = int(fps * seconds)
+    # The memory, a separator, details of 8 frames or of 64, and a question with its answer.
+    text = tuple(slots * -(-frames // CLIP) * CLIP + 1 + 4 * detailed + 36 for detailed in (8, 64))
+    values = {"task": task, "batch_size": batch_size, "sources": (source,), "frames": (frames,), "text": text}
     return stage(steps=steps, **values) if steps else values
 
 
 def _unknown(variant: str) -> ValueError:
     stages = ("pretrain", "instruct", "grounding")
     known = ", ".join(f"{kind}{name}" for kind in ("", "tiny_", "smoke_") for name in stages)
+    known += ", " + ", ".join(f"tiny_{name}" for name in SWEEPS)
     return ValueError(f"there is no variant {variant!r}, but {known}")

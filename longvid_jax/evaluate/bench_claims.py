@@ -9,19 +9,23 @@ import json
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import claims, claims_adacm2_report, heatmap
+from longvid_jax.evaluate import claims, claims_adacm2_report, claims_rewind_report, heatmap
+from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.world import Setup, check_size
 from longvid_jax.terminal import progress
 
 SHIPPED = "qwen2vl_world"  # of the assets
 QUICK = {"seeds": 1, "examples": 80, "lengths": (1, 4), "ratios": (0.25, 0.05), "needles": 4}
+REPORTS = {"adacm2": claims_adacm2_report, "rewind": claims_rewind_report}
+OWN = {"retake": ("ratios", "heatmap", "needles")}  # options
+OWN |= {name: ("parts", "own", *one.OPTIONS) for name, one in REPORTS.items()}
 TABLE, RESULT, FIGURE, NEEDLES = "claims.csv", "claims.json", "claims.png", "needles"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `longvid bench claims`."""
-    parser.add_argument("--system", choices=("retake", "adacm2"), default="retake", help="(default: %(default)s)")
+    parser.add_argument("--system", choices=tuple(OWN), default="retake", help="(default: %(default)s)")
     parser.add_argument("--model", metavar="PATH", help="one trained on the world (default: the shipped one)")
     parser.add_argument("--out", metavar="DIR", help="keep answers (and go on from them), tables and figures there")
     parser.add_argument("--seeds", type=int, metavar="N", help="of worlds (default: 5)")
@@ -30,26 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=16.0, help="that the plain model is for (default: 16)")
     parser.add_argument("--fps", type=float, default=2.0, help="sampled frames a second (default: 2)")
     parser.add_argument("--size", type=int, default=56, metavar="PX", help="of the frames (default: 56)")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="times --seconds (default: 1 4 8; 1 4 16)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", metavar="N", help="times --seconds (default: 1 4 16; of retake 1 4 8)"
+    )
     parser.add_argument("--quick", action="store_true", help="few questions, to see that it runs")
     parser.add_argument("--no-figure", action="store_true", help="tables only, which need no matplotlib")
+    says = ", ".join(f"of {name} {' '.join(one.PARTS)}" for name, one in REPORTS.items())
+    parser.add_argument("--parts", nargs="+", metavar="PART", help=f"{says} (default: all)")
+    says = "a model trained with this way; of adacm2 and rewind"
+    parser.add_argument("--own", action="append", metavar="WAY=PATH", help=says)
     retake = parser.add_argument_group("retake")
     retake.add_argument("--ratios", type=float, nargs="+", metavar="F", help="(default: 0.5 0.25 0.1 0.05)")
     retake.add_argument("--heatmap", action="store_true", help="also needles by depth and length, to 32 times as long")
-    retake.add_argument("--needles", type=int, metavar="N", help="at each depth and length (default: 32)")
+    says = "at each depth and length (default: 32); of rewind of each span (default: 200)"
+    retake.add_argument("--needles", type=int, metavar="N", help=says)
     claims_adacm2_report.add_arguments(parser.add_argument_group("adacm2"))
+    claims_rewind_report.add_arguments(parser.add_argument_group("rewind"))
 
 
 def run(arguments: argparse.Namespace) -> dict:
     """Measures; returns plain values, ready for JSON. Raises OptionError for what cannot be run."""
     _check_options(arguments)
-    if arguments.system == "adacm2":
-        if arguments.out and not arguments.no_figure:
-            _check_figures()
-        return claims_adacm2_report.run(arguments)
-    plan, needles = _plans(arguments)
     if arguments.out and not arguments.no_figure:
         _check_figures()
+    if arguments.system in REPORTS:
+        return REPORTS[arguments.system].run(arguments)
+    plan, needles = _plans(arguments)
     path = arguments.model or _shipped()
     with progress() as bars:
         from longvid_jax.systems.loading import load
@@ -79,8 +89,8 @@ def run(arguments: argparse.Namespace) -> dict:
 
 
 def _check_options(arguments: argparse.Namespace) -> None:
-    """OptionError for options that are the other system's."""
-    others = claims_adacm2_report.OPTIONS if arguments.system == "retake" else ("ratios", "heatmap", "needles")
+    """OptionError for options that are another system's."""
+    others = dict.fromkeys(name for names in OWN.values() for name in names if name not in OWN[arguments.system])
     given = [f"--{name.replace('_', '-')}" for name in others if getattr(arguments, name)]
     if given:
         raise OptionError(f"--system {arguments.system} has no {', '.join(given)}; leave it out.")
@@ -148,13 +158,13 @@ def _write(found: dict, folder: Path, *, figures: bool) -> None:
 
 # --- as text ----------------------------------------------------------------------------------------------------------
 
-SHOWN = ("all", claims.TIMELESS, "when", "when IoU", "caption events")
+SHOWN = ("all", TIMELESS, "when", "when IoU", "caption events")
 
 
 def report(found: dict) -> str:
     """The result of `run` as text."""
-    if found["system"] == "adacm2":
-        return claims_adacm2_report.report(found)
+    if found["system"] in REPORTS:
+        return REPORTS[found["system"]].report(found)
     rows, setup = found["rows"], found["setup"]
     ratios = sorted({row["ratio"] for row in rows if row["ratio"] < 1}, reverse=True)
     by_place = {(row["length"], row["measure"], row["way"], row["ratio"]): row for row in rows}
@@ -182,7 +192,7 @@ def report(found: dict) -> str:
     for one in found["claims"]:
         lines.append(
             f"  {one['length']} x, {one['ratio']:g} kept, {one['measure']}: {one['claim']} {one['verdict']} "
-            f"({_points(one['difference'])}, {_points(one['low'])} to {_points(one['high'])} points)"
+            f"({points(one['difference'])}, {points(one['low'])} to {points(one['high'])} points)"
         )
     if needles := found["needles"]:
         lines += ["", "Needles found in %, by depth (rows) and seconds (columns):"]
@@ -195,8 +205,4 @@ def report(found: dict) -> str:
 
 def _cell(row: dict) -> str:
     difference = (row["to_plain"], row["to_plain_low"], row["to_plain_high"])
-    return f"{100 * row['value']:.1f}  " + "{} [{}, {}]".format(*map(_points, difference))
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"
+    return f"{100 * row['value']:.1f}  " + "{} [{}, {}]".format(*map(points, difference))

@@ -12,16 +12,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from longvid_jax.evaluate import world
-from longvid_jax.evaluate.metrics import event_score, interval, span_iou
+from longvid_jax.evaluate.compare import TIMELESS, compare, verdict
 from longvid_jax.evaluate.results import Results
 from longvid_jax.evaluate.world import Asked, Rendered, Setup
 from longvid_jax.systems.retake import PLAIN, ReTaKe, RetakeModel
-from longvid_jax.video.synthetic import FAMILIES
 
 RATIOS = (0.5, 0.25, 0.1, 0.05)
 LENGTHS = (1, 4, 8)  # times the plain model's
 PLAIN_WAY, RETAKE, UNIFORM = "plain", "retake", "uniform"
-TIMELESS = "all but when"  # absolute time is lost where kept tokens move together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,60 +141,20 @@ def _answer(model: RetakeModel, setup: Setup, worlds, asked, way: Way, ratio: fl
 
 
 def _compare(length: int, every, told, shares, settings) -> list[dict]:
-    """A row for each setting and measure: its mean, and the paired difference to the plain model's."""
-    videos = [f"{seed}/{one.video}" for seed, one in every]
-    asked = [one for _, one in every]
-    plain = measures(asked, told[PLAIN_WAY, 1.0])
-    uniform = {ratio: measures(asked, told[UNIFORM, ratio]) for way, ratio in settings if way == UNIFORM}
+    """A row for each setting and measure: its mean, and the paired differences to the plain model's and to uniform."""
+    videos, asked = [f"{seed}/{one.video}" for seed, one in every], [one for _, one in every]
     whole = np.mean(shares[PLAIN_WAY, 1.0])
     rows = []
     for way, ratio in settings:
-        for name, (here, values) in measures(asked, told[way, ratio]).items():
-            group = [videos[i] for i in here]
-            row = {
-                "length": length,
-                "way": way,
-                "ratio": ratio,
-                "kept": float(np.mean(shares[way, ratio]) / whole),
-                "measure": name,
-                "questions": len(here),
-                "value": float(values.mean()),
-                **_difference("plain", values, plain[name][1], group),
-            }
-            if ratio in uniform:
-                row |= _difference(UNIFORM, values, uniform[ratio][name][1], group)
-            rows.append(row)
+        place = {"length": length, "way": way, "ratio": ratio}
+        place["kept"] = float(np.mean(shares[way, ratio]) / whole)
+        others = {"plain": told[PLAIN_WAY, 1.0], UNIFORM: told.get((UNIFORM, ratio))}
+        rows += [place | row for row in compare(asked, videos, told[way, ratio], others)]
     return rows
-
-
-def _difference(to: str, values: np.ndarray, other: np.ndarray, videos: list[str]) -> dict:
-    low, high = interval(values - other, videos)
-    return {f"to_{to}": float((values - other).mean()), f"to_{to}_low": low, f"to_{to}_high": high}
-
-
-def measures(asked: Sequence[Asked], told: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By name: which questions it is a measure of, and its value for each of them, 0 to 1.
-
-    "all" and each family: the exact answer. "all but when". "when IoU" and "caption events": as `longvid eval` has
-    them.
-    """
-    right = np.array([text == one.answer for one, text in zip(asked, told, strict=True)], float)
-    family = np.array([one.question.family for one in asked])
-    groups = {"all": family == family, TIMELESS: family != "when", **{name: family == name for name in FAMILIES}}
-    found = {name: (np.flatnonzero(here), right[here]) for name, here in groups.items() if here.any()}
-    for name, (kind, score) in {
-        "when IoU": ("when", lambda one, text: span_iou(text, one.question.span)),
-        "caption events": ("caption", lambda one, text: event_score(text, one.answer)),
-    }.items():
-        here = np.flatnonzero(family == kind)
-        if len(here):
-            found[name] = here, np.array([score(asked[i], told[i]) for i in here])
-    return found
 
 
 # --- what the paper says ----------------------------------------------------------------------------------------------
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "is open"
 AT_MOST = {0.25: 0.01, 0.05: 0.03}  # ratio -> how much accuracy is lost, by the abstract: 4 times longer, and 5 % kept
 
 
@@ -218,6 +176,4 @@ def _claims(rows: list[dict]) -> list[dict]:
 
 
 def _verdict(row: dict, to: str, least: float) -> dict:
-    low, high = row[f"to_{to}_low"], row[f"to_{to}_high"]
-    verdict = HOLDS if low > least else FAILS if high < least else OPEN
-    return {"difference": row[f"to_{to}"], "low": low, "high": high, "verdict": verdict}
+    return verdict(*(row[f"to_{to}{end}"] for end in ("", "_low", "_high")), least)

@@ -16,8 +16,7 @@ import numpy as np
 
 from longvid_jax.errors import OptionError
 from longvid_jax.evaluate import adacm2_watch, world
-from longvid_jax.evaluate.claims import FAILS, HOLDS, OPEN, TIMELESS, measures
-from longvid_jax.evaluate.metrics import interval
+from longvid_jax.evaluate.compare import TIMELESS, compare, verdict
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.world import Asked, Rendered, Setup
 from longvid_jax.memory import adacm2
@@ -349,24 +348,13 @@ def _compare(clips: Sequence[Clips], told, setting: Setting) -> list[dict]:
     asked: list[Asked] = [one for clip in clips for one in clip.asked]
     videos = [f"{seed}/{one.video}" for seed, clip in enumerate(clips) for one in clip.asked]
 
-    def measured(which: Setting):
+    def said(which: Setting) -> list[str] | None:
         if any((seed, which) not in told for seed in range(len(clips))):
             return None
-        return measures(asked, [text for seed in range(len(clips)) for text in told[seed, which]])
+        return [text for seed in range(len(clips)) for text in told[seed, which]]
 
-    others = {"none": measured(PLAIN), "attention": measured(setting.reference) if setting != PLAIN else None}
-    rows = []
-    for name, (here, values) in measured(setting).items():
-        group = [videos[i] for i in here]
-        row = {"measure": name, "questions": len(here), "value": float(values.mean())}
-        row["low"], row["high"] = interval(values, group)
-        for to, other in others.items():
-            if other is not None:
-                difference = values - other[name][1]
-                low, high = interval(difference, group)
-                row |= {f"to_{to}": float(difference.mean()), f"to_{to}_low": low, f"to_{to}_high": high}
-        rows.append(row)
-    return rows
+    others = {"none": said(PLAIN), "attention": said(setting.reference) if setting != PLAIN else None}
+    return compare(asked, videos, said(setting), others)
 
 
 BETTER = {  # way -> what is claimed of AdaCM2 beside it
@@ -391,16 +379,11 @@ def verdicts(rows: Sequence[dict]) -> list[dict]:
         if row["way"] == ATTENTION and "to_none" in row:
             says = f"within {100 * WITHIN:g} points of no eviction"
             values = (row[f"to_none{end}"] for end in ("", "_low", "_high"))
-            found.append({"claim": says, **place, **_verdict(*values, -WITHIN)})
+            found.append({"claim": says, **place, **verdict(*values, -WITHIN)})
         elif row["way"] == "carried" and "to_attention" in row:
             values = (row[f"to_attention{end}"] for end in ("", "_low", "_high"))
-            found.append({"claim": "better with carried queries", **place, **_verdict(*values, 0.0)})
+            found.append({"claim": "better with carried queries", **place, **verdict(*values, 0.0)})
         elif row["way"] in BETTER and "to_attention" in row:
             values = (0.0 - row[f"to_attention{end}"] for end in ("", "_high", "_low"))
-            found.append({"claim": BETTER[row["way"]], **place, **_verdict(*values, 0.0)})
+            found.append({"claim": BETTER[row["way"]], **place, **verdict(*values, 0.0)})
     return found
-
-
-def _verdict(difference: float, low: float, high: float, least: float) -> dict:
-    verdict = HOLDS if low > least else FAILS if high < least else OPEN
-    return {"difference": difference, "low": low, "high": high, "verdict": verdict}

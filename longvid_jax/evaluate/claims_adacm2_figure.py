@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longvid_jax.evaluate import claims
 from longvid_jax.evaluate.claims_adacm2 import ATTENTION, GIVEN, NONE, OWN, WAYS
 from longvid_jax.evaluate.claims_figure import INK, style
+from longvid_jax.evaluate.compare import TIMELESS
 
 STYLE = {  # colour, line, marker
     NONE: ("#33383d", ":", "s"),
@@ -19,7 +19,7 @@ STYLE = {  # colour, line, marker
     "empty": ("#8ab89f", "-", "X"),
     "generic memory": ("#3a7d5c", "--", "P"),
 }
-MEASURES = ("all", claims.TIMELESS, "when IoU")
+MEASURES = ("all", TIMELESS, "when IoU")
 GROUPS = {  # the parts that share a column, and what it is called
     "policies": ("accuracy",),
     "alpha = beta = 0.1": ("paper",),

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longvid_jax.evaluate.claims import FAILS, HOLDS
 from longvid_jax.evaluate.claims_adacm2 import GENERIC_PROMPT, Plan, cache_bytes
+from longvid_jax.evaluate.compare import FAILS, HOLDS
 from longvid_jax.evaluate.results import Results
 from longvid_jax.memory.state import AdaCM2Memory
 from longvid_jax.systems import adacm2_steps as steps

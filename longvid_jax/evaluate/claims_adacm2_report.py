@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import assets, claims_adacm2
-from longvid_jax.evaluate.claims import TIMELESS
+from longvid_jax.evaluate import assets, claims_adacm2, claims_options
 from longvid_jax.evaluate.claims_adacm2 import (
     ATTENTION,
     FAMILIES,
@@ -27,12 +26,13 @@ from longvid_jax.evaluate.claims_adacm2 import (
     seconds_a_frame,
     verdicts,
 )
+from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.world import Setup, check_size
 from longvid_jax.terminal import progress, say
 
 SHIPPED = "adacm2_world"  # of the assets
-OPTIONS = ("parts", "alpha", "beta", "sweep", "sweep_seeds", "frames", "limit_mb", "own", "captions")
+OPTIONS = ("alpha", "beta", "sweep", "sweep_seeds", "frames", "limit_mb", "captions")
 QUICK = {
     "seeds": 1,
     "examples": 16,
@@ -45,18 +45,12 @@ TABLE, RESULT, MEMORY = "claims.csv", "claims.json", "memory.csv"
 
 def add_arguments(group) -> None:
     """The options that only this system has."""
-    group.add_argument(
-        "--parts", nargs="+", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
-    )
     group.add_argument("--alpha", type=float, metavar="F", help="of the main comparison (default: 0.1)")
     group.add_argument("--beta", type=float, metavar="F", help="of the main comparison (default: 0.9)")
     group.add_argument("--sweep", type=float, nargs="+", metavar="F", help="of both (default: 0.1 0.5 0.9)")
     group.add_argument("--sweep-seeds", type=int, metavar="N", help="of the sweep (default: 1)")
     group.add_argument("--frames", type=int, nargs="+", metavar="N", help="of the memory (default: 16 32 ... 4096)")
     group.add_argument("--limit-mb", type=float, metavar="F", help="a video's cache at most (default: 128 MiB)")
-    group.add_argument(
-        "--own", action="append", metavar="WAY=PATH", help="a model trained with attention, random, recent"
-    )
     group.add_argument("--captions", action="store_true", help="ask for captions too, which take long")
 
 
@@ -103,7 +97,7 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     """What is asked for, and the models of their own."""
-    names = ("seeds", "examples", "lengths", "parts", "alpha", "beta", "sweep", "sweep_seeds", "frames")
+    names = ("seeds", "examples", "lengths", "alpha", "beta", "sweep", "sweep_seeds", "frames")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     given = (QUICK if arguments.quick else {}) | given
     for name in ("seeds", "sweep_seeds"):
@@ -121,12 +115,8 @@ def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
             raise OptionError(f"--frames has {value}, but each must be a multiple of 16.")
     if arguments.limit_mb is not None:
         given["limit"] = int(arguments.limit_mb * (1 << 20))
-    own = {}
-    for text in arguments.own or ():
-        way, _, where = text.partition("=")
-        if way not in TRAINABLE or not where:
-            raise OptionError(f"--own is {text!r}, but must be WAY=PATH with a way of {', '.join(TRAINABLE)}.")
-        own[way] = where
+    own = claims_options.own(arguments.own, TRAINABLE)
+    given["parts"] = claims_options.parts(arguments.parts, PARTS)
     size = (arguments.size, arguments.size)
     setup = Setup(
         examples=given.pop("examples", Setup.examples),
@@ -213,7 +203,7 @@ def report(found: dict) -> str:
         own = "" if one["weights"] == GIVEN else f", {one['weights']}"
         lines.append(
             f"  {one['length']} x, {one['cache']:,} tokens{own}: {one['claim']} {one['verdict']} "
-            f"({_points(one['difference'])}, {_points(one['low'])} to {_points(one['high'])} points)"
+            f"({points(one['difference'])}, {points(one['low'])} to {points(one['high'])} points)"
         )
     return "\n".join(lines)
 
@@ -253,7 +243,7 @@ def _line(row: dict) -> str:
     cells = [f"{100 * row['value']:5.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"]
     for to in ("none", "attention"):
         same = f"to_{to}" not in row or (to == "none" and row["way"] == PLAIN.way) or _itself(row, to)
-        cells.append("" if same else "{} [{}, {}]".format(*(_points(row[f"to_{to}{end}"]) for end in ENDS)))
+        cells.append("" if same else "{} [{}, {}]".format(*(points(row[f"to_{to}{end}"]) for end in ENDS)))
     return f"  {what:44}{kept:8}{row['cache']:>7,}" + "".join(f"{cell:>24}" for cell in cells)
 
 
@@ -290,7 +280,3 @@ def _sweep(rows: list[dict]) -> list[str]:
         cells = (f"{100 * value[alpha, beta]['value']:.1f} ({value[alpha, beta]['cache']:,})" for beta in betas)
         lines.append(f"  {alpha:<8g}" + "".join(f"{cell:>14}" for cell in cells))
     return lines
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:+.1f}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longvid_jax.evaluate import claims
+from longvid_jax.evaluate.compare import TIMELESS
 from longvid_jax.evaluate.timeline import clock
 
 INK, FAINT = "#33383d", "#9aa1a8"
@@ -18,7 +19,7 @@ STYLE = {  # colour, line, marker
     "uniform pairs": ("#81a9c6", "--", "^"),
     "random": ("#7b5a9e", "-", "v"),
 }
-MEASURES = ("all", claims.TIMELESS, "when IoU")
+MEASURES = ("all", TIMELESS, "when IoU")
 NAMES = {"plain": "everything kept", "retake": "ReTaKe", "budget": "ReTaKe"}
 
 

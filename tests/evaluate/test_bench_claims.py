@@ -10,7 +10,7 @@ from PIL import Image
 
 import longvid_jax as lv
 from longvid_jax import cli
-from longvid_jax.evaluate import claims, heatmap, tiny, world
+from longvid_jax.evaluate import claims, compare, heatmap, tiny, world
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.world import Setup
 from longvid_jax.video.synthetic import FAMILIES
@@ -92,20 +92,20 @@ def test_differences_of_known_answers():
     assert plain["value"] == pytest.approx(0.9) and plain["questions"] == 240
     assert plain["to_plain"] == plain["to_plain_low"] == plain["to_plain_high"] == 0
     assert rows["retake", 0.5, "all"]["to_plain_low"] == 0 and rows["retake", 0.5, "all"]["kept"] == 0.5
-    lost = rows["retake", 0.05, claims.TIMELESS]
+    lost = rows["retake", 0.05, compare.TIMELESS]
     assert lost["to_plain"] == pytest.approx(-0.25, abs=0.03)
     assert -0.35 < lost["to_plain_low"] < lost["to_plain"] < lost["to_plain_high"] < -0.15
     assert rows["retake", 0.05, "when"]["value"] == rows["retake", 0.05, "when IoU"]["value"] == 0
     assert rows["random", 0.05, "all"]["to_uniform"] > 0.2
-    assert {measure for *_, measure in rows} == {"all", claims.TIMELESS, *FAMILIES, "when IoU", "caption events"}
+    assert {measure for *_, measure in rows} == {"all", compare.TIMELESS, *FAMILIES, "when IoU", "caption events"}
 
     verdicts = {(one["claim"], one["ratio"], one["measure"]): one["verdict"] for one in found["claims"]}
-    assert verdicts["loses at most 3%", 0.05, "all"] == claims.FAILS
-    assert verdicts["better than uniform", 0.5, "all"] == claims.OPEN  # the same answers
+    assert verdicts["loses at most 3%", 0.05, "all"] == compare.FAILS
+    assert verdicts["better than uniform", 0.5, "all"] == compare.OPEN  # the same answers
 
 
 @pytest.mark.parametrize(
-    ("share", "verdict"), [(0.0, claims.HOLDS), (0.01, claims.HOLDS), (0.03, claims.OPEN), (0.2, claims.FAILS)]
+    ("share", "verdict"), [(0.0, compare.HOLDS), (0.01, compare.HOLDS), (0.03, compare.OPEN), (0.2, compare.FAILS)]
 )
 def test_a_claim_holds_only_where_all_of_the_interval_says_so(share, verdict):
     rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ from PIL import Image
 
 import longvid_jax as lv
 from longvid_jax import cli
-from longvid_jax.evaluate import adacm2_watch, assets, claims, claims_adacm2, claims_adacm2_memory, world
+from longvid_jax.evaluate import adacm2_watch, assets, claims_adacm2, claims_adacm2_memory, compare, world
 from longvid_jax.evaluate.claims_adacm2 import PLAIN, WAYS, Plan, Setting
 from longvid_jax.evaluate.results import Results
 from longvid_jax.evaluate.world import Setup
@@ -163,10 +163,10 @@ def test_differences_of_known_answers(model):
     verdicts = {
         (one["part"], one["claim"]): one["verdict"] for one in claims_adacm2.verdicts(rows) if one["measure"] == "all"
     }
-    assert verdicts["accuracy", "better than random eviction"] == claims.HOLDS
-    assert verdicts["accuracy", "within 3 points of no eviction"] == claims.HOLDS
-    assert verdicts["own", "within 3 points of no eviction"] == claims.FAILS
-    assert verdicts["shared", "an index set a layer is better than a shared one"] == claims.OPEN  # the same answers
+    assert verdicts["accuracy", "better than random eviction"] == compare.HOLDS
+    assert verdicts["accuracy", "within 3 points of no eviction"] == compare.HOLDS
+    assert verdicts["own", "within 3 points of no eviction"] == compare.FAILS
+    assert verdicts["shared", "an index set a layer is better than a shared one"] == compare.OPEN  # the same answers
 
 
 def test_what_does_not_fit_is_left_out(model):
@@ -268,7 +268,7 @@ def memory_is_right(model, found: dict) -> None:
         assert rows[False, frames]["cache"] == expected == claims_adacm2.cache_bytes(model, frames, SIZE)
         assert rows[False, frames]["program"] > rows[True, frames]["program"]
     assert expected < found["limit"] < 2 * expected
-    assert found["flat"] == claims.HOLDS and set(found["growth"].values()) == {0.0}
+    assert found["flat"] == compare.HOLDS and set(found["growth"].values()) == {0.0}
     assert found["saved_at"] == 64 and 0 < found["saved"]["program"] < found["saved"]["cache"] < 1
 
 

@@ -1,0 +1,159 @@
+"""`longvid bench claims --system rewind`: its options, its tables and its figure, and what it says."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+from pathlib import Path
+
+from longvid_jax.errors import OptionError
+from longvid_jax.evaluate import assets, claims_options, claims_rewind
+from longvid_jax.evaluate.claims_rewind import FAMILIES, GIVEN, LONG, PARTS, WAYS, Plan, check, method
+from longvid_jax.evaluate.compare import TIMELESS, points
+from longvid_jax.evaluate.results import Results, fingerprint
+from longvid_jax.evaluate.world import Setup, check_size
+from longvid_jax.terminal import progress
+
+SHIPPED = "rewind_world"  # of the assets
+OPTIONS = ("spans", "needles")
+QUICK = {"seeds": 1, "examples": 16, "lengths": (1, 2), "spans": (2, 8), "needles": 3}
+RESULT, FIGURE = "claims.json", "claims.png"
+TABLES = {"claims.csv": "rows", "recall.csv": "recall", "spans.csv": "spans"}
+MEASURES = ("all", TIMELESS, *FAMILIES, "when IoU")
+
+
+def add_arguments(group) -> None:
+    """The options that only this system has."""
+    group.add_argument("--spans", type=int, nargs="+", metavar="N", help="frames that show a needle (default: 1 2 4 8)")
+
+
+def run(arguments: argparse.Namespace) -> dict:
+    """Measures; returns plain values, ready for JSON. Raises OptionError for what cannot be run."""
+    plan, paths = _plan(arguments)
+    path = arguments.model or assets.path(SHIPPED)
+    with progress() as bars:
+        from longvid_jax.systems.loading import load
+
+        bar = bars.add_task("loading", total=None)
+        models = {way: load(where, method=method()) for way, where in {"": path, **paths}.items()}
+        for way, model in models.items():
+            check(model, paths.get(way, path))
+            check_size(model, plan.setup.size)
+        setup = json.loads(json.dumps(dataclasses.asdict(plan.setup)))
+        results = Results(arguments.out, {"weights": fingerprint(models[""].model), "setup": setup})
+        bars.update(bar, total=len(plan))
+
+        def told(what: str, count: int) -> None:
+            bars.update(bar, description=what, advance=count)
+
+        found = {
+            "benchmark": "claims",
+            "system": "rewind",
+            "model": str(path),
+            "own": {way: str(where) for way, where in paths.items()},
+            "setup": setup,
+            "seeds": plan.seeds,
+            **claims_rewind.run(models, plan, results, told),
+        }
+        bars.update(bar, description="measured")
+    if arguments.out:
+        _write(found, Path(arguments.out).expanduser(), figures=not arguments.no_figure)
+    return found
+
+
+def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
+    """What is asked for, and the models that were trained with a way."""
+    names = ("seeds", "examples", "lengths", "spans", "needles")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = (QUICK if arguments.quick else {}) | given
+    for name in ("seeds", "needles"):
+        if given.get(name, 1) < 1:
+            raise OptionError(f"--{name} is {given[name]}, but must be at least 1.")
+    for name in ("lengths", "spans"):
+        for value in given.get(name, ()):
+            if value < 1:
+                raise OptionError(f"--{name} has {value}, but each must be at least 1.")
+    if max(given.get("spans", (1,))) >= LONG:
+        raise OptionError(f"--spans has {max(given['spans'])}, but videos have {LONG} frames.")
+    given["parts"] = claims_options.parts(arguments.parts, PARTS)
+    own = claims_options.own(arguments.own, WAYS)
+    size = (arguments.size, arguments.size)
+    setup = Setup(
+        examples=given.pop("examples", Setup.examples),
+        level=arguments.level,
+        seconds=arguments.seconds,
+        fps=arguments.fps,
+        size=size,
+        families=FAMILIES,
+    )
+    setup.world(0)
+    given["lengths"] = sorted(set(given.get("lengths", Plan.lengths)))
+    return Plan(setup, **given), own
+
+
+def _write(found: dict, folder: Path, *, figures: bool) -> None:
+    (folder / RESULT).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for table, part in TABLES.items():
+        if rows := found[part]:
+            names = list({name: None for row in rows for name in row})
+            with open(folder / table, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(rows)
+    if figures and (found["rows"] or found["spans"]):
+        from longvid_jax.evaluate import claims_rewind_figure
+
+        claims_rewind_figure.draw(found, folder / FIGURE)
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+
+def report(found: dict) -> str:
+    """The result of `run` as text."""
+    rows, setup = found["rows"], found["setup"]
+    lines = [f"ReWind on {found['model']}: {found['seeds']} x {setup['examples']} questions, {setup['level']} worlds"]
+    if rows:
+        lines += [
+            "Right answers in % with their 95 % interval, and the difference in points to the way above; by family, %.",
+            *(f"{way}: {where}" for way, where in found["own"].items()),
+        ]
+    for length in dict.fromkeys(row["length"] for row in rows):
+        here = {(row["way"], row["measure"]): row for row in rows if row["length"] == length}
+        names = [name for name in MEASURES[2:] if any(measure == name for _, measure in here)]
+        lines += ["", f"{length} x {setup['seconds']:g} seconds{'':>67}" + "".join(f"{name:>10}" for name in names)]
+        for way, about in WAYS.items():
+            row = here[way, "all"]
+            what = about.says + ("" if row["weights"] == GIVEN else f", {row['weights']}")
+            cells = f"{100 * row['value']:5.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+            if "to_before" in row:
+                ends = (points(row[f"to_before{end}"]) for end in ("", "_low", "_high"))
+                cells = f"{cells}   " + "{} [{}, {}]".format(*ends)
+            lines.append(
+                f"  {what:44}{cells:42}" + "".join(f"{100 * here[way, name]['value']:>10.1f}" for name in names)
+            )
+    if recall := [one for one in found["recall"] if one["needles"]]:
+        lines += ["", "Needles that are found, in %: among the 64 candidates, the 8 selected, the 8 most relevant"]
+        lines += [f"  {one['frames']:>5} frames, {one['needles']} needles: {_found(one)}" for one in recall]
+    if found["spans"]:
+        lines += ["", f"The same by sampled frames that show the needle, in {LONG} frames of one a second"]
+        lines += [f"  {one['span']:>5} frames, {one['needles']} needles: {_found(one)}" for one in found["spans"]]
+    if found["claims"]:
+        lines += ["", "What is claimed:"]
+    for one in found["claims"]:
+        if one["measure"] != TIMELESS:
+            ends = ", ".join(f"{100 * one[name]:.1f}" for name in ("difference", "low", "high"))
+            trained = f", {one['weights']}" if one["weights"] else ""
+            lines.append(f"  {one['length']} x{trained}: {one['claim']} {one['verdict']} ({ends})")
+    return "\n".join(lines)
+
+
+def _found(one: dict) -> str:
+    names = ("candidates", "selected", "relevant")
+    text = ", ".join("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in one[name])) for name in names if name in one)
+    if "wide_selected" in one:
+        wide = (100 * one[name][0] for name in ("wide_selected", "wide_relevant"))
+        text += f"; of {one['wide']} in 6 frames or more " + "{:.1f} and {:.1f}".format(*wide)
+    return text

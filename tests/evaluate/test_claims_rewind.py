@@ -1,0 +1,118 @@
+"""ReWind's claims: known answers, what recall counts, and the command."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import longvid_jax as lv
+from longvid_jax import cli
+from longvid_jax.evaluate import claims_rewind, claims_rewind_report, compare, rewind_watch, world
+from longvid_jax.evaluate.claims_rewind import BEST, MEMORY, NONE, REWIND, WAYS, Plan
+from longvid_jax.evaluate.results import Results
+from longvid_jax.evaluate.rewind_watch import Variant
+from longvid_jax.evaluate.world import Setup
+from tests.systems.small_rewind import make
+
+SETUP = Setup(examples=24, seconds=12, families=claims_rewind.FAMILIES)
+PLAN = Plan(SETUP, seeds=2, lengths=(1,), parts=("accuracy",))
+SMALL = ["--size", 28, "--seconds", 4, "--seeds", 1, "--examples", 6, "--lengths", 1, "--spans", 2, "--needles", 2]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch):
+    monkeypatch.setenv("LONGVID_COMPILATION_CACHE", "0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make(tmp_path_factory.mktemp("rewind"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return lv.load(folder)
+
+
+def test_differences_of_known_answers(model):
+    """No memory loses all, memory every second, selection nothing, and the oracle as much as it."""
+    results = Results(None, {})
+    lost = {NONE: lambda n: True, MEMORY: lambda n: n % 2 == 0}
+    for seed in range(2):
+        _, asked = world.ask(PLAN.at(seed, 1))
+        for way in WAYS:
+            wrong = lost.get(way, lambda n: False)
+            told = ["?" if wrong(n) else one.answer for n, one in enumerate(asked)]
+            recall = [[one.video, 8 if n % 2 else 2, 1, n % 2, 0] for n, one in enumerate(asked)]
+            key = {"benchmark": "claims rewind", "length": 1, "seed": seed, "way": way}
+            results.put(key, {"told": told, "recall": recall if way == REWIND else []})
+    counted = []
+    found = claims_rewind.run({"": model}, PLAN, results, lambda what, count: counted.append(count))
+    assert sum(counted) == len(PLAN) == 2 * 4 * 24
+    rows = {(row["way"], row["measure"]): row for row in found["rows"]}
+    assert rows[NONE, "all"]["value"] == 0 and rows[MEMORY, "all"]["to_before"] == pytest.approx(0.5)
+    assert rows[REWIND, "all"]["to_none"] == 1 and rows[BEST, "all"]["to_before"] == 0
+    verdicts = {one["claim"]: one["verdict"] for one in found["claims"] if one["measure"] != compare.TIMELESS}
+    assert [verdicts[claims_rewind.SAYS[way]] for way in (MEMORY, REWIND, BEST)] == ["holds", "holds", "is open"]
+    assert verdicts["tells when better than without memory, memory and frame selection"] == "holds"
+    (recall,) = found["recall"]
+    assert (recall["needles"], recall["wide"], recall["frames"]) == (48, 24, 24)
+    assert recall["candidates"] == [1, 1, 1] and recall["wide_selected"] == [1, 1, 1] and recall["relevant"][0] == 0
+    assert recall["selected"][0] == 0.5
+    assert not any("needles" in claim for claim in verdicts)  # of which only long videos say anything
+    long = claims_rewind._claims([], [recall | {"frames": 512}])
+    assert [one["verdict"] for one in long] == ["holds", "holds"]
+
+
+def test_what_counts_as_found(model):
+    """Against the trace of an answer, by the frames that show the needle."""
+    setup = dataclasses.replace(SETUP, families=("needle",), size=(28, 28), examples=4)
+    worlds, asked = world.ask(setup)
+    few = Variant(model, lv.ReWind(num_candidates=5, num_selected=2))
+    found = claims_rewind._answer(few, setup, worlds, asked, dataclasses.replace(WAYS[REWIND], count=2))
+    variant, times = claims_rewind._variant(few, dataclasses.replace(WAYS[REWIND], count=2)), setup.times(worlds[0])
+    assert len(found["recall"]) == 4 and len(found["told"]) == 4
+    for one, (video, span, *hits) in zip(asked, found["recall"], strict=True):
+        memory = rewind_watch.watched(variant, worlds[one.video], [one.text], times, setup.size)
+        variant.seen = rewind_watch.shows(worlds[one.video], one.question, times)[None]
+        trace, shows = variant.answer(memory, max_new_tokens=2).trace, variant.seen[0]
+        best = np.argsort(-trace.relevance[0], kind="stable")[:2]
+        assert video == one.video and span == shows.sum()
+        assert hits == [int(shows[x].any()) for x in (trace.candidates[0], trace.selected[0], best)]
+
+
+def test_the_command(folder, tmp_path, capsys):
+    words = ["bench", "claims", "--system", "rewind", "--model", folder, *SMALL, "--out", tmp_path / "out"]
+    words = [str(word) for word in [*words, "--own", f"none={folder}"]]
+    assert cli.main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["weights"] for row in found["rows"] if row["way"] == NONE} == {claims_rewind.OWN}
+    assert {row["way"] for row in found["rows"]} == set(WAYS) and found["spans"][0]["needles"] == 2
+    for name in ("claims.csv", "recall.csv", "spans.csv"):
+        assert list(csv.DictReader((tmp_path / "out" / name).open()))
+    assert Image.open(tmp_path / "out" / "claims.png").width > 500
+    answers = (tmp_path / "out" / "answers.jsonl").read_text()
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "memory and frame selection" in text and "sampled frames that show the needle" in text
+    assert (tmp_path / "out" / "answers.jsonl").read_text() == answers  # nothing is computed twice
+    assert text.strip() == claims_rewind_report.report(found)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--parts", "memory"], "--parts has 'memory', but each must be one of accuracy, spans"),
+        (["--own", "some=x"], "--own is 'some=x', but must be WAY=PATH with a way of none, memory, rewind, oracle"),
+        (["--spans", "512"], "--spans has 512, but videos have 512 frames"),
+        (["--needles", "0"], "--needles is 0, but must be at least 1"),
+        (["--alpha", "0.1"], "--system rewind has no --alpha; leave it out"),
+        (["--lengths", "0"], "--lengths has 0"),
+    ],
+)
+def test_bad_input(words, said, capsys):
+    assert cli.main(["bench", "claims", "--system", "rewind", *words]) == 2
+    assert said in capsys.readouterr().err
