@@ -9,7 +9,7 @@ ReWind's stages (arXiv 2411.15556) on a checkpoint that `longvid assemble rewind
   grounding the same go on learning when something happens, as "from 3 to 5 seconds"; config.data is ActivityNet
             Captions' or DiDeMo's own JSON (see longvid_jax.data.grounding)
 
-Where the paper is silent: AdamW with weight decay 0.05 in pre-training and none later, a cosine to 0, clipping at 1,
+Where the paper is silent, these have AdamW with weight decay 0.05 in pre-training and none later, a cosine to 0, clipping at 1,
 adapters on all of attention; grounding at the learning rate of instruct.
 
 tiny_pretrain, tiny_instruct and tiny_grounding are the same stages on the made-up world, on towers that
@@ -20,9 +20,14 @@ tiny_pretrain, tiny_instruct and tiny_grounding are the same stages on the made-
     --config.checkpoint=runs/1/model
   longvid train --config configs/rewind.py:tiny_grounding --workdir runs/3 --config.checkpoint=runs/2/model
 
-What to compare with is trained as tiny_instruct with --config.rewind.memory=False, --config.rewind.frames=uniform or
-oracle, or --config.rewind.num_selected=64. tiny_write_N (1, 2, 4: tokens of a frame), tiny_queries_N (16, 32, 64) and
-tiny_fps_N (0.5, 1, 2) go from the towers to answers in one run each, for an accelerator.
+What the paper does not have, and what makes so small a model learn in so few steps: Muon; a first half of
+tiny_instruct in which memory learns to note down what happens in the vectors that the towers were told it in; and, as
+long as that lasts, a loss that draws the question's attention to the frames that show what it is about.
+
+To compare with are tiny_none (no memory, 64 frames spread evenly; there is nothing to note down, so all its steps are
+answers), tiny_memory (8 frames spread evenly) and tiny_oracle (8 frames that show it), each trained as tiny_instruct
+is. tiny_write_N (1, 2, 4: tokens of a frame), tiny_queries_N (16, 32, 64) and tiny_fps_N (0.5, 1, 2) go from the towers
+to answers in one run each, for an accelerator.
 
 smoke_pretrain, smoke_instruct and smoke_grounding take seconds there and learn next to nothing: to see that all of it
 runs.
@@ -69,6 +74,11 @@ SWEEPS = {
     **{f"write_{n}": ("slots", n) for n in (1, 2, 4)},
     **{f"queries_{n}": ("num_queries", n) for n in (16, 32, 64)},
     **{f"fps_{fps}": ("fps", float(fps)) for fps in ("0.5", "1", "2")},
+}
+COMPARED = {
+    "none": {"memory": False, "frames": "uniform", "num_selected": 64},
+    "memory": {"frames": "uniform"},
+    "oracle": {"frames": "oracle"},
 }
 
 
@@ -147,19 +157,23 @@ def _tiny(config, which: str):
     config.trainable = (*OWN, ADAPTERS)
     config.lora.rank, config.lora.alpha, config.lora.patterns = 16, 16.0, (LORA,)
     how = {}
+    if which in COMPARED:
+        config.rewind.update(COMPARED[which])
     if which in SWEEPS:
         name, value = SWEEPS[which]
+        config.benchmark.fps = value if name == "fps" else 2
         how = {name: value} if name in ("fps", "slots") else {}
         written = {"num_write": value} if name == "slots" else {name: value} if name == "num_queries" else {}
         config.model, config.parts = TINY | written, parts
     config.eval = _asked(batch_size=5, seconds=16.0, split="validation", count=1000, **how)
     config.eval.update({"every": 200, "batches": 8})
-    if which == "instruct" or which in SWEEPS:
+    if which in ("instruct", *COMPARED, *SWEEPS):
         config.assets = "rewind_world" if which == "instruct" else ""
         config.rewind.relevance = 0.1
+        first = {"task": "telling" if config.rewind.memory else "rewound", **how}
         config.stages = (
-            _asked(batch_size=6, seconds=4.0, steps=300, task="telling", **how),
-            _asked(batch_size=4, seconds=16.0, steps=1000, task="telling", **how),
+            _asked(batch_size=6, seconds=4.0, steps=300, **first),
+            _asked(batch_size=4, seconds=16.0, steps=1000, **first),
             _asked(batch_size=4, seconds=16.0, steps=600, **how),
             _asked(batch_size=1, seconds=64.0, steps=150, **how),
         )
@@ -199,5 +213,5 @@ def _asked(
 def _unknown(variant: str) -> ValueError:
     stages = ("pretrain", "instruct", "grounding")
     known = ", ".join(f"{kind}{name}" for kind in ("", "tiny_", "smoke_") for name in stages)
-    known += ", " + ", ".join(f"tiny_{name}" for name in SWEEPS)
+    known += ", " + ", ".join(f"tiny_{name}" for name in (*COMPARED, *SWEEPS))
     return ValueError(f"there is no variant {variant!r}, but {known}")

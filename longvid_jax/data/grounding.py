@@ -17,7 +17,7 @@ import numpy as np
 from longvid_jax.data.annotations import field, table
 from longvid_jax.data.batches import Example
 from longvid_jax.data.conversations import ConversationSource, entries, find
-from longvid_jax.errors import DataError
+from longvid_jax.errors import DataError, OptionError
 from longvid_jax.video import Video, synthetic_text
 
 SEGMENT = 5.0  # seconds, of DiDeMo's
@@ -31,8 +31,10 @@ Moment = tuple[str, float, float]  # what happens, and from when to when, in sec
 class GroundingSource(ConversationSource):
     """The videos of `file` as examples: up to `questions` about each, one for each sentence; the answer is its span.
 
-    Spans are told in whole seconds, as the made-up world tells them. Frame n is that of n / fps seconds, so videos too
-    long for max_frames are left out; DiDeMo's are looked at for half a minute.
+    Spans are told in whole seconds, as the made-up world tells them; those that end before they begin, of which
+    ActivityNet Captions has a few, are left out, and ends behind the video's are moved to it. Frame n is that of n /
+    fps seconds (a folder of frames has one a second), so videos too long for max_frames are left out; DiDeMo's are
+    looked at for half a minute.
 
     Raises DataError as ConversationSource does, and where no video is left.
     """
@@ -43,10 +45,15 @@ class GroundingSource(ConversationSource):
 
     def __post_init__(self):
         file = Path(self.file)
+        for name in ("questions", "max_frames"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)}, but must be at least 1.")
+        if not self.fps > 0:
+            raise OptionError(f"fps is {self.fps}, but must be above 0.")
         examples = [
             self._asked(video, duration, told[n : n + self.questions], n)
             for video, duration, told in (_didemo if _is_list(file) else _activitynet)(file)
-            if duration * self.fps <= self.max_frames
+            if 0 < duration * self.fps <= self.max_frames
             for n in range(0, len(told), self.questions)
         ]
         if not examples:
@@ -63,6 +70,8 @@ class GroundingSource(ConversationSource):
 
 
 def _is_list(file: Path) -> bool:
+    if file.suffix == ".jsonl":
+        return True
     try:
         with file.open(encoding="utf-8") as text:
             return text.read(1024).lstrip().startswith("[")
@@ -76,7 +85,9 @@ def _activitynet(file: Path) -> Iterator[tuple[str, float, list[Moment]]]:
         spans, sentences = (_list(entry, name, where) for name in ("timestamps", "sentences"))
         if len(spans) != len(sentences):
             raise DataError(f"{where} has {len(spans)} timestamps, but {len(sentences)} sentences; give one for each.")
-        yield video, duration, [(str(text), *_pair(span, where)) for text, span in zip(sentences, spans, strict=True)]
+        moments = [(str(text), *_pair(span, where)) for text, span in zip(sentences, spans, strict=True)]
+        moments = [(text, start, min(end, duration)) for text, start, end in moments]
+        yield video, duration, [moment for moment in moments if moment[1] < moment[2]]
 
 
 def _didemo(file: Path) -> Iterator[tuple[str, float, list[Moment]]]:
@@ -86,13 +97,13 @@ def _didemo(file: Path) -> Iterator[tuple[str, float, list[Moment]]]:
         if not isinstance(entry, dict):
             raise DataError(f"{where} is a JSON {type(entry).__name__}; expected an object with video and description.")
         video, text = field(entry, "video", str, where), field(entry, "description", str, where)
-        first, last = _agreed([_pair(pair, where) for pair in _list(entry, "times", where)], where)
+        first, last = _agreed([sorted(_pair(pair, where)) for pair in _list(entry, "times", where)], where)
         told.setdefault(video, []).append((text, SEGMENT * first, SEGMENT * (last + 1)))
     for video, moments in told.items():
         yield video, LONGEST, moments
 
 
-def _agreed(pairs: list[tuple[float, float]], where: str) -> tuple[float, float]:
+def _agreed(pairs: Sequence[Sequence[float]], where: str) -> tuple[float, float]:
     """The first of the pairs of segments that overlap most with all."""
     if not pairs:
         raise DataError(f"{where} has no times; give a pair of segments.")
@@ -115,9 +126,9 @@ def _pair(values: Iterable, where: str) -> tuple[float, float]:
     try:
         start, end = map(float, values)
     except (TypeError, ValueError):
-        start, end = 1.0, 0.0
-    if not 0 <= start <= end:
-        raise DataError(f"{where} has the times {json.dumps(values)}; expected a start and an end that is not before.")
+        start = end = -1.0
+    if not (start >= 0 and end >= 0):
+        raise DataError(f"{where} has the times {json.dumps(values)}; expected a start and an end.")
     return start, end
 
 

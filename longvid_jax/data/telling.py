@@ -10,6 +10,7 @@ from longvid_jax.data.batches import Batch, Example
 from longvid_jax.data.facts import FACT_WIDTH, features
 from longvid_jax.data.instructed import InstructedBatches
 from longvid_jax.data.world import WorldSource
+from longvid_jax.errors import OptionError
 from longvid_jax.video.synthetic import Event, Question, World
 
 
@@ -35,12 +36,17 @@ def told(
     return {"facts": facts}
 
 
+def shows(event: Event, times: np.ndarray) -> np.ndarray:
+    """bool [T]: at which times [T] an event is on screen."""
+    return (event.start <= times) & (times < event.end)
+
+
 def noted(
     world: World, questions: Sequence[Question], times: np.ndarray, clip_frames: int, each: int
 ) -> dict[str, np.ndarray]:
     """What answers each question, noted down as the video is watched clip by clip, in frames of these times [T].
 
-    facts float32 [A, T * each, FACT_WIDTH]: an event is told in the first frame that shows it, as far as its clip does:
+    facts float32 [A, T, each, FACT_WIDTH]: an event is told in the first frame that shows it, as far as its clip does:
     what comes later is not known yet. Of more events than a frame has slots the last are left out. seen bool [A, T]:
     frames that show one.
     """
@@ -49,7 +55,7 @@ def noted(
     for row, question in enumerate(questions):
         used = np.zeros(len(times), int)
         for event in relevant(world, question):
-            shown = np.flatnonzero((event.start <= times) & (times < event.end))
+            shown = np.flatnonzero(shows(event, times))
             seen[row, shown] = True
             moment = times[shown] if event.kind == "visit" else times[shown][times[shown] >= event.at]
             if not len(moment):
@@ -60,7 +66,7 @@ def noted(
                 known = dataclasses.replace(event, end=min(event.end, max(clip_ends, event.start)))
                 facts[row, frame, used[frame]] = features(known)
                 used[frame] += 1
-    return {"facts": facts.reshape(len(questions), -1, FACT_WIDTH), "seen": seen}
+    return {"facts": facts, "seen": seen}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,16 +92,30 @@ class TellingSource(WorldSource):
 
 
 class TellingBatches(InstructedBatches):
-    """As InstructedBatches, of TellingSource: a batch has besides what its examples tell, each array [B, A, ...]."""
+    """As InstructedBatches, of TellingSource: a batch has besides what its examples tell.
+
+    facts float32 [B, A, slots, FACT_WIDTH]; where they are noted down frame by frame, so many slots a frame, one frame
+    after the other, and seen bool [B, A, T].
+    """
 
     def __getitem__(self, b: int) -> Batch:
         batch = super().__getitem__(b)
         asked = batch.arrays["tokens"].shape[1]
         share = self.batch_size // self.processes
         mine = batch.examples[self.process * share : (self.process + 1) * share]
-        each = [example.told() for example in mine]
+        if any(example.told is None for example in mine):
+            raise OptionError("the source does not know what answers its questions; give one of kind 'telling'.")
+        each, frames = [example.told() for example in mine], batch.arrays["frames"].shape[1]
+        each = [_by_frame(one, frames) if "seen" in one else one for one in each]
         rows = {
             name: np.stack([np.pad(one[name], [(0, asked - len(one[name]))] + [(0, 0)] * (x.ndim - 1)) for one in each])
             for name, x in each[0].items()
         }
         return dataclasses.replace(batch, arrays={**batch.arrays, **rows})
+
+
+def _by_frame(told: dict[str, np.ndarray], frames: int) -> dict[str, np.ndarray]:
+    """What `noted` gives, filled up to so many frames, and the facts' slots one behind the other."""
+    told = {name: np.pad(x, [(0, 0), (0, frames - x.shape[1])] + [(0, 0)] * (x.ndim - 2)) for name, x in told.items()}
+    count, _, slots, width = told["facts"].shape
+    return told | {"facts": told["facts"].reshape(count, frames * slots, width)}

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from longvid_jax.data.batches import Example
+from longvid_jax.errors import OptionError
 from longvid_jax.video.synthetic import World, multiple_choice, retimed
 
 TRIES = 32  # worlds that are looked at for a question; of some lengths there is none of a family
@@ -14,7 +15,7 @@ TRIES = 32  # worlds that are looked at for a question; of some lengths there is
 
 @dataclasses.dataclass(frozen=True)
 class WorldSource:
-    """Worlds 0, 1, ..., count - 1 of a split, each with several questions.
+    """Worlds 0, 1, ..., count - 1 of a split, each with several questions; others for those that have none.
 
     seconds: lengths of the videos, world i has seconds[i % len]. fps: frames that are sampled a second. size: (H, W).
     letters: the share of questions that are asked as multiple choice.
@@ -42,12 +43,19 @@ class WorldSource:
         return self.count
 
     def world(self, i: int) -> World:
-        """The world of example i: number i, or if nothing can be asked about it i + count, i + 2 * count, ..."""
+        """The world of example i: number i, or if nothing can be asked about it i + count, i + 2 * count, ...
+
+        Raises OptionError where none of many has a question.
+        """
+        seconds = self.seconds[i % len(self.seconds)]
         for number in range(i, i + TRIES * self.count, self.count):
-            world = World(number, level=self.level, seconds=self.seconds[i % len(self.seconds)], split=self.split)
+            world = World(number, level=self.level, seconds=seconds, split=self.split)
             if world.questions(1, self.families):
-                break
-        return world
+                return world
+        raise OptionError(
+            f"worlds of {seconds:g} seconds have no questions of {', '.join(self.families or ('any family',))}; make "
+            "them longer."
+        )
 
     def __getitem__(self, i: int) -> Example:
         world = self.world(i)
@@ -65,7 +73,7 @@ class WorldSource:
         ]
         times = np.arange(max(1, int(world.seconds * self.fps))) / self.fps
         return Example(
-            id=f"{self.level}/{self.split}/{i}",
+            id=f"{self.level}/{self.split}/{world.seed}",
             conversations=tuple((turn,) for turn in asked),
             num_frames=len(times),
             size=self.size,

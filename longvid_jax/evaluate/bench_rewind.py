@@ -67,12 +67,12 @@ def run(arguments: argparse.Namespace) -> dict:
     for name in ("frames", "clip_frames", "repeats"):
         if getattr(arguments, name) < 1:
             raise OptionError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, but must be at least 1.")
+    if arguments.cost:
+        return cost_rewind.run(PerceiverConfig(), EvaConfig(), clip_frames=arguments.clip_frames, words=WORDS)
     if arguments.frames % arguments.clip_frames:
         raise OptionError(
             f"--frames is {arguments.frames}, but must be a multiple of the {arguments.clip_frames} of a clip."
         )
-    if arguments.cost:
-        return cost_rewind.run(PerceiverConfig(), EvaConfig(), clip_frames=arguments.clip_frames, words=WORDS)
     size = "quick" if arguments.quick else arguments.size
     config, patches = SIZES[size]
     networks, given = build(config), inputs(config, patches, arguments.frames, arguments.clip_frames)

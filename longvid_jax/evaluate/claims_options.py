@@ -22,5 +22,7 @@ def own(given: Sequence[str] | None, ways: Sequence[str]) -> dict[str, str]:
         way, _, where = text.partition("=")
         if way not in ways or not where:
             raise OptionError(f"--own is {text!r}, but must be WAY=PATH with a way of {', '.join(ways)}.")
+        if way in found:
+            raise OptionError(f"--own gives {way} twice; give each way one model.")
         found[way] = where
     return found

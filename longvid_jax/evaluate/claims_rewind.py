@@ -106,8 +106,12 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
             place = {"length": length, "way": way, "weights": OWN if way in weights else GIVEN}
             rows += [place | row for row in compare(asked, videos, told[way], others)]
         frames = len(setup.times(setup.world(0)))
-        recall.append({"length": length, "frames": frames, **_recall(found)})
-    spans = _spans(models.get(REWIND, models[""]), plan, results, progress) if "spans" in plan.parts else []
+        kind = OWN if REWIND in weights else GIVEN
+        recall.append({"length": length, "frames": frames, "weights": kind, **_recall(found)})
+    spans = []
+    if "spans" in plan.parts:
+        own = {"weights": weights[REWIND]} if REWIND in weights else {}
+        spans = _spans(models.get(REWIND, models[""]), own, plan, results, progress)
     return {"rows": rows, "recall": recall, "spans": spans, "claims": _claims(rows, recall)}
 
 
@@ -148,12 +152,12 @@ def _recall(found: Sequence[tuple]) -> dict:
     """Shares of needles, with intervals over videos, that are among the candidates, and the wide ones selected."""
     videos, spans = [one[0] for one in found], np.array([one[1] for one in found], int)
     hits = np.array([one[2:] for one in found], float).reshape(-1, 3)
-    kept = {"needles": len(found), "wide": int((spans >= WIDE).sum())}
-    wide = spans >= WIDE
+    shown, wide = spans > 0, spans >= WIDE
+    kept = {"needles": int(shown.sum()), "wide": int(wide.sum())}
     for name, values, here in (
-        ("candidates", hits[:, 0], spans > 0),
-        ("selected", hits[:, 1], spans > 0),
-        ("relevant", hits[:, 2], spans > 0),
+        ("candidates", hits[:, 0], shown),
+        ("selected", hits[:, 1], shown),
+        ("relevant", hits[:, 2], shown),
         ("wide_selected", hits[:, 1], wide),
         ("wide_relevant", hits[:, 2], wide),
     ):
@@ -163,11 +167,14 @@ def _recall(found: Sequence[tuple]) -> dict:
     return kept
 
 
-def _spans(model: RewindModel, plan: Plan, results: Results, progress) -> list[dict]:
-    """How often a needle that so many sampled frames show is found in a long video, one frame a second."""
+def _spans(model: RewindModel, weights: dict, plan: Plan, results: Results, progress) -> list[dict]:
+    """How often a needle that so many sampled frames show is found in a long video, one frame a second.
+
+    weights: by which the results of a model of its own are known again.
+    """
     rows, variant = [], _variant(model, WAYS[REWIND])
     for span in plan.spans:
-        key = {"benchmark": "claims rewind spans", "span": span, "needles": plan.needles}
+        key = {"benchmark": "claims rewind spans", "span": span, "needles": plan.needles} | weights
         if (have := results.get(key)) is None:
             hits = []
             for n in range(plan.needles):
@@ -218,14 +225,22 @@ SAYS = {
 
 
 def _claims(rows: Sequence[dict], recall: Sequence[dict]) -> list[dict]:
-    """One holds, or does not, where all of the 95 % interval says so; else it is open."""
-    found = []
+    """One holds, or does not, where all of the 95 % interval says so; else it is open.
+
+    Only models are compared that were trained in the same way: both with their own, or one that was never told less.
+    """
+    found, kinds = [], {row["way"]: row["weights"] for row in rows}
+
+    def fair(way: str, other: str) -> bool:
+        return kinds[way] == kinds[other] and (other != NONE or kinds[NONE] == OWN)
+
     for row in rows:
         place = {name: row[name] for name in ("length", "weights", "measure")}
-        if row["way"] in BESIDE and row["measure"] in ("all", TIMELESS):
+        before = BESIDE.get(row["way"])
+        if before and row["measure"] in ("all", TIMELESS) and fair(row["way"], before):
             ends = (row[f"to_before{end}"] for end in ("", "_low", "_high"))
             found.append({"claim": SAYS[row["way"]], **place, **verdict(*ends, 0.0)})
-        if row["way"] in (MEMORY, REWIND) and row["measure"] == "when IoU":
+        if row["way"] in (MEMORY, REWIND) and row["measure"] == "when IoU" and fair(row["way"], NONE):
             ends = (row[f"to_none{end}"] for end in ("", "_low", "_high"))
             says = f"tells when better than without memory, {WAYS[row['way']].says}"
             found.append({"claim": says, **place, **verdict(*ends, 0.0)})
@@ -237,6 +252,6 @@ def _claims(rows: Sequence[dict], recall: Sequence[dict]) -> list[dict]:
             ("wide_selected", AMONG, f"at least {AMONG:.0%} of needles in {WIDE} frames or more are selected"),
         ):
             if name in one:
-                place = {"length": one["length"], "weights": "", "measure": "needle"}
+                place = {"length": one["length"], "weights": one["weights"], "measure": "needle"}
                 found.append({"claim": says, **place, **verdict(*one[name], least)})
     return found

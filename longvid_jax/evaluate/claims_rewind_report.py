@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longvid_jax.errors import OptionError
 from longvid_jax.evaluate import assets, claims_options, claims_rewind
-from longvid_jax.evaluate.claims_rewind import FAMILIES, GIVEN, LONG, PARTS, WAYS, Plan, check, method
+from longvid_jax.evaluate.claims_rewind import FAMILIES, GIVEN, LONG, NONE, PARTS, WAYS, WIDE, Plan, check, method
 from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.world import Setup, check_size
@@ -89,7 +89,8 @@ def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
         families=FAMILIES,
     )
     setup.world(0)
-    given["lengths"] = sorted(set(given.get("lengths", Plan.lengths)))
+    for name in ("lengths", "spans"):
+        given[name] = sorted(set(given.get(name, getattr(Plan, name))))
     return Plan(setup, **given), own
 
 
@@ -134,8 +135,13 @@ def report(found: dict) -> str:
             lines.append(
                 f"  {what:44}{cells:42}" + "".join(f"{100 * here[way, name]['value']:>10.1f}" for name in names)
             )
+    kept = method()
     if recall := [one for one in found["recall"] if one["needles"]]:
-        lines += ["", "Needles that are found, in %: among the 64 candidates, the 8 selected, the 8 most relevant"]
+        few = f"{kept.num_selected} selected, the {kept.num_selected} most relevant"
+        lines += [
+            "",
+            f"Questions on needles that are found, in %: among the {kept.num_candidates} candidates, the {few}",
+        ]
         lines += [f"  {one['frames']:>5} frames, {one['needles']} needles: {_found(one)}" for one in recall]
     if found["spans"]:
         lines += ["", f"The same by sampled frames that show the needle, in {LONG} frames of one a second"]
@@ -147,6 +153,8 @@ def report(found: dict) -> str:
             ends = ", ".join(f"{100 * one[name]:.1f}" for name in ("difference", "low", "high"))
             trained = f", {one['weights']}" if one["weights"] else ""
             lines.append(f"  {one['length']} x{trained}: {one['claim']} {one['verdict']} ({ends})")
+    if any(row["way"] == NONE and row["weights"] == GIVEN for row in rows):
+        lines.append("Without memory the same weights see what they never saw in training: nothing is claimed of that.")
     return "\n".join(lines)
 
 
@@ -155,5 +163,5 @@ def _found(one: dict) -> str:
     text = ", ".join("{:.1f} [{:.1f}, {:.1f}]".format(*(100 * x for x in one[name])) for name in names if name in one)
     if "wide_selected" in one:
         wide = (100 * one[name][0] for name in ("wide_selected", "wide_relevant"))
-        text += f"; of {one['wide']} in 6 frames or more " + "{:.1f} and {:.1f}".format(*wide)
+        text += f"; of {one['wide']} in {WIDE} frames or more " + "{:.1f} and {:.1f}".format(*wide)
     return text

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from longvid_jax.data.telling import relevant
+from longvid_jax.data import telling
 from longvid_jax.memory import frame_selection
-from longvid_jax.memory.frame_selection import Chosen, Selection
+from longvid_jax.memory.frame_selection import Selection
 from longvid_jax.memory.state import RewindMemory
-from longvid_jax.ops.topk import top_k
 from longvid_jax.systems.rewind import ReWind, RewindModel
 from longvid_jax.video import Frames
 
+TOGETHER = 64  # questions, at most
 SELECTED, UNIFORM, ORACLE, RELEVANT = "selected", "uniform", "oracle", "relevant"
 
 
@@ -36,29 +35,22 @@ class Variant(RewindModel):
     def _look_back(self, memory: RewindMemory) -> tuple[jax.Array, Selection]:
         scores, selection = super()._look_back(memory)
         valid, count = memory.written.valid, self.choices.num_selected
-        if self.frames == UNIFORM:
-            selection = Selection(selection.candidates, _spread(valid, count))
-        elif self.frames == ORACLE:
-            seen = np.zeros(valid.shape, bool)
-            seen[:, : self.seen.shape[1]] = self.seen
-            seen = valid & seen
-            seen = jnp.where(seen.any(-1, keepdims=True), seen, valid)
-            selection = Selection(selection.candidates, _spread(seen, count))
+        chosen = selection.selected
+        if self.frames in (UNIFORM, ORACLE):
+            seen = np.asarray(valid)
+            if self.frames == ORACLE:
+                seen = np.pad(self.seen, [(0, 0), (0, valid.shape[1] - self.seen.shape[1])])
+            chosen = _spread_over(seen, valid, count)
         elif self.frames == RELEVANT:
-            selection = Selection(selection.candidates, _most_relevant(scores, valid, count))
-        return scores, selection
+            chosen = _most_relevant(scores, valid, count)
+        return scores, Selection(selection.candidates, chosen)
 
     def _placed(self, memory, written, selected):
         return super()._placed(memory, written if self.told else np.zeros_like(written), selected)
 
 
-_spread = jax.jit(frame_selection.spread, static_argnums=1)
-
-
-def _most_relevant(scores: jax.Array, valid: jax.Array, count: int) -> Chosen:
-    kept = top_k(scores, count, min(count, scores.shape[-1]), valid=valid)
-    padding = count - kept.indices.shape[-1]
-    return Chosen(jnp.pad(kept.indices, [(0, 0), (0, padding)]), jnp.arange(count) < kept.count[:, None])
+_spread_over = jax.jit(frame_selection.spread_over, static_argnums=2)
+_most_relevant = jax.jit(frame_selection.most_relevant, static_argnums=2)
 
 
 def watched(model: RewindModel, world, texts: Sequence[str], times: np.ndarray, size: tuple[int, int]) -> RewindMemory:
@@ -85,16 +77,18 @@ def answers(
     progress: Callable[[int], None],
     seen: Callable[[RewindMemory, Sequence[int]], None] = lambda memory, here: None,
 ) -> list[str]:
-    """What the model says to each question; each world is watched once, side by side for all its questions.
+    """What the model says to each question; a world is watched side by side for up to TOGETHER of its questions.
 
     seen(memory, here) is told of each memory and of the numbers of the questions in its first rows.
     """
     of_video: dict[int, list[int]] = {}
     for i, one in enumerate(asked):
         of_video.setdefault(one.video, []).append(i)
-    most = max(map(len, of_video.values()))
+    groups = [rows[n : n + TOGETHER] for rows in of_video.values() for n in range(0, len(rows), TOGETHER)]
+    most = max(map(len, groups))
     told = [""] * len(asked)
-    for video, here in of_video.items():
+    for here in groups:
+        video = asked[here[0]].video
         filled = here + here[-1:] * (most - len(here))  # so that one program serves all
         when = times(worlds[video])
         memory = watched(model, worlds[video], [asked[i].text for i in filled], when, size)
@@ -110,7 +104,6 @@ def answers(
 
 def shows(world, question, times: np.ndarray) -> np.ndarray:
     """bool [T]: the frames that show what a question is about."""
-    found = np.zeros(len(times), bool)
-    for event in relevant(world, question):
-        found |= (event.start <= times) & (times < event.end)
-    return found
+    return np.any(
+        [np.zeros(len(times), bool), *(telling.shows(one, times) for one in telling.relevant(world, question))], 0
+    )

@@ -129,8 +129,9 @@ def answers(
     """What the model answers, greedily, to each question after watching its world's frames at `times`.
 
     Worlds are rendered as they are watched, several side by side; each is watched once for all its questions, or once
-    a question where these guide what ReTaKe keeps. progress(count) is told of questions that have been answered,
-    watched(memory, count) of each memory, whose first `count` rows are different ones; not of AdaCM2's.
+    a question where these guide what ReTaKe keeps, or one after the other by ReWind. progress(count) is told of
+    questions that have been answered, watched(memory, count) of each memory of ReTaKe's, whose first `count` rows are
+    different ones.
     """
     check_size(model, size)
     if isinstance(model, RewindModel):

@@ -90,11 +90,22 @@ def select_frames(
     scores [B, T] (relevance), features [B, T, D] (ReWind's: the L2-normalised mean of a frame's memory tokens), valid
     bool [B, T]. Ties go to the earlier frame.
     """
-    candidates = _chosen(top_k(scores, num_candidates, num_candidates, valid=valid), num_candidates)
+    candidates = most_relevant(scores, valid, num_candidates)
     theirs = jnp.take_along_axis(features, candidates.indices[..., None], axis=1)
     peaks = density_peaks(theirs, candidates.valid, num_neighbors=num_neighbors, num_select=num_select)
     indices = jnp.take_along_axis(candidates.indices, peaks.indices, axis=1)
     return Selection(candidates, Chosen(indices, peaks.valid))
+
+
+def most_relevant(scores: jax.Array, valid: jax.Array, num_select: int) -> Chosen:
+    """The num_select entries of highest scores [B, N], of those valid [B, N]; ties to the earlier. Of fewer, all."""
+    return _chosen(top_k(scores, num_select, num_select, valid=valid), num_select)
+
+
+def spread_over(seen: jax.Array, valid: jax.Array, num_select: int) -> Chosen:
+    """spread over those seen [B, N] of the valid entries [B, N], or over all of them where none is seen."""
+    seen = seen & valid
+    return spread(jnp.where(seen.any(-1, keepdims=True), seen, valid), num_select)
 
 
 def spread(valid: jax.Array, num_select: int) -> Chosen:

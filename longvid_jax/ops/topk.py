@@ -17,11 +17,15 @@ class Kept(NamedTuple):
 def best(*keys: jax.Array, count: jax.Array) -> jax.Array:
     """bool [..., C]: the `count` [...] first entries when sorted by the keys [..., C], largest first.
 
-    Ties go to the lower index. One sort finds the last of them, and all entries are compared with that one.
+    Ties go to the lower index, and what is not a number comes last. One sort finds the last of them, and all entries
+    are compared with that one.
     """
     index = jax.lax.broadcasted_iota(jnp.int32, keys[0].shape, keys[0].ndim - 1)
     # A bool key is sorted as an integer; negation turns "largest first" into lax.sort's ascending order.
-    ascending = [*(-key.astype(jnp.int32) if key.dtype == jnp.bool_ else -key for key in keys), index]
+    ascending = [
+        -key.astype(jnp.int32) if key.dtype == jnp.bool_ else jnp.where(jnp.isnan(key), jnp.inf, -key) for key in keys
+    ]
+    ascending.append(index)
     place = jnp.maximum(count - 1, 0)[..., None]
     ordered = jax.lax.sort(ascending, num_keys=len(ascending))
     before = jnp.ones(index.shape, bool)  # or the same: from the last key to the first

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from longvid_jax.memory import rewind
-from longvid_jax.memory.frame_selection import spread
+from longvid_jax.memory.frame_selection import spread_over
 from longvid_jax.memory.rewind import TokenMemory
 from longvid_jax.models.layers import FeedForward
 from longvid_jax.models.perceiver import Instruction
@@ -64,20 +64,12 @@ def rewound_tokens(
     if looking.frames == "selected":
         selected = _selected(model, *jax.lax.stop_gradient((memory, model.asked(instruction))), looking)[1].selected
     else:
-        selected = spread(_offered(batch, looking), looking.num_selected)
+        shown = jnp.repeat(batch["shown"], batch["tokens"].shape[1], axis=0)
+        seen = batch["seen"].reshape(shown.shape) if looking.frames == "oracle" else shown
+        selected = spread_over(seen, shown, looking.num_selected)
     details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
     vectors, there = model.told(memory.tokens, memory.valid & looking.memory, details, selected.valid)
     return _said(model, vectors, there, batch, remat)
-
-
-def _offered(batch: Mapping[str, jax.Array], looking: Looking) -> jax.Array:
-    """bool [B * A, T]: the frames to choose from; all of a video that shows nothing of what is asked."""
-    asked = batch["tokens"].shape[1]
-    shown = jnp.repeat(batch["shown"], asked, axis=0)
-    if looking.frames == "uniform":
-        return shown
-    seen = batch["seen"].reshape(shown.shape) & shown
-    return jnp.where(seen.any(-1, keepdims=True), seen, shown)
 
 
 def noting(

@@ -164,8 +164,17 @@ def _questioned_loss(tokens_of: Callable, model: Model, remat: str):
 
 
 def _told_batches(stage, model: Model, **how):
-    make = _rewound if isinstance(model.settings, RewindConfig) else _instructed
-    return make(stage, model, **how, kind=TellingBatches)
+    if not isinstance(model.settings, RewindConfig):
+        return _instructed(stage, model, **how, kind=TellingBatches)
+    wanted = {"clip_frames": model.rewind["clip_frames"], "slots": model.settings.perceiver.num_write}
+    for source in plain(stage.sources):
+        for name, value in wanted.items():
+            if source.get(name) != value:
+                raise OptionError(
+                    f"a source of the task 'telling' has {name}={source.get(name)}, but this ReWind needs {value}; "
+                    "change the stage."
+                )
+    return _rewound(stage, model, **how, kind=TellingBatches)
 
 
 def _telling(model: Model, remat: str):

@@ -25,6 +25,7 @@ def distance_to_facts(
     wanted = jax.lax.stop_gradient(facts(given)).astype(jnp.float32)
     real = (given != 0).any(-1) & asked
     size = jnp.where(real[..., None], jnp.square(wanted), 0).sum() / jnp.maximum(real.sum(), 1)
+    size = jnp.where(real.any(), size, 1.0)  # there is nothing to tell
     distance = jnp.square(vectors.astype(jnp.float32) - wanted).sum(-1) / size
     weight = real + NOTHING * (asked & ~real)
     count = real.sum(dtype=jnp.float32)

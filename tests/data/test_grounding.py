@@ -6,15 +6,21 @@ import numpy as np
 import pytest
 
 from longvid_jax.data.grounding import GroundingSource
-from longvid_jax.errors import DataError, VideoError
+from longvid_jax.errors import DataError, OptionError, VideoError
 from longvid_jax.video import Video
 from longvid_jax.video.synthetic import World, write_video
 
 ACTIVITYNET = {
     "v_QOlSCBRmfWY": {
         "duration": 82.73,
-        "timestamps": [[0.83, 19.86], [17.37, 60.81], [56.26, 56.3]],
-        "sentences": ["A young woman is seen standing in a room.", " The girl dances around the room", "She stops."],
+        "timestamps": [[0.83, 19.86], [17.37, 60.81], [9, 5], [56.26, 56.3], [80, 97.2]],
+        "sentences": [
+            "A young woman is seen standing in a room.",
+            " The girl dances around the room",
+            "No.",
+            "She stops.",
+            "x",
+        ],
     },
     "v_long": {"duration": 300.4, "timestamps": [[0, 9.5]], "sentences": ["A man runs."]},
 }
@@ -48,7 +54,10 @@ def test_activitynet(tmp_path):
         ("When does this happen: A young woman is seen standing in a room?", "from 1 to 20 seconds"),
         ("When does this happen: The girl dances around the room?", "from 17 to 61 seconds"),
     ]
-    assert asked(two) == [("When does this happen: She stops?", "from 56 to 57 seconds")]
+    assert asked(two) == [
+        ("When does this happen: She stops?", "from 56 to 57 seconds"),
+        ("When does this happen: x?", "from 80 to 83 seconds"),  # which is where the video ends
+    ]
     assert one.num_frames == two.num_frames == 83 and one.id != two.id
     # A video longer than its frames reach is asked nothing, unless there are more of them or they lie further apart.
     assert len(source(tmp_path, ACTIVITYNET, max_frames=301)) == len(source(tmp_path, ACTIVITYNET, fps=0.5)) == 2
@@ -63,6 +72,17 @@ def test_didemo(tmp_path):
     ]
     assert asked(two) == [("When does this happen: a dog turns?", "from 0 to 5 seconds")]
     assert one.num_frames == 30
+
+
+def test_didemo_a_line_each(tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, DIDEMO)))
+    assert len(GroundingSource(tmp_path / "train.jsonl", tmp_path, size=(56, 56))) == 2
+
+
+@pytest.mark.parametrize(("how", "said"), [({"questions": 0}, "questions is 0"), ({"fps": 0}, "fps is 0, but must be")])
+def test_options_that_are_refused(tmp_path, how, said):
+    with pytest.raises(OptionError, match=said):
+        source(tmp_path, ACTIVITYNET, **how)
 
 
 def test_frame_n_is_that_of_second_n(tmp_path):
@@ -84,7 +104,11 @@ def test_frame_n_is_that_of_second_n(tmp_path):
         ([], "has no video of 256 seconds or less"),
         ({"v": {"duration": 400, "timestamps": [[0, 1]], "sentences": ["x"]}}, "no video of 256 seconds or less"),
         ({"v": {"duration": 4, "timestamps": [[0, 1]], "sentences": []}}, "has 1 timestamps, but 0 sentences"),
-        ({"v": {"duration": 4, "timestamps": [[2, 1]], "sentences": ["x"]}}, "has the times .2, 1.; expected a start"),
+        ({"v": {"duration": 4, "timestamps": [[2, 1]], "sentences": ["x"]}}, "has no video of 256 seconds or less"),
+        (
+            {"v": {"duration": 4, "timestamps": [[-2, 1]], "sentences": ["x"]}},
+            "has the times .-2, 1.; expected a start",
+        ),
         ({"v": {"duration": 4, "timestamps": [2], "sentences": ["x"]}}, "has the times 2; expected a start"),
         ({"v": {"timestamps": [], "sentences": []}}, "has no duration"),
         ({"v": {"duration": 4, "timestamps": 3}}, "has no list of timestamps"),

@@ -10,6 +10,7 @@ from longvid_jax.data.chat import QUERIES_FIRST_TEMPLATE
 from longvid_jax.data.facts import FACT_WIDTH, features
 from longvid_jax.data.telling import TellingBatches, TellingSource, noted, relevant, told
 from longvid_jax.data.tokenizer import bert_tokenizer, world_tokenizer
+from longvid_jax.errors import OptionError
 from longvid_jax.video.synthetic import World
 
 FAMILIES = ("needle", "order", "count", "when", "state", "presence")
@@ -60,7 +61,8 @@ def test_an_event_is_noted_down_once_as_far_as_its_clip_knows_it(clip_frames):
         world = World(seed, seconds=16.0)
         questions = world.questions(12, FAMILIES)
         notes = noted(world, questions, times, clip_frames, 2)
-        facts = notes["facts"].reshape(len(questions), 32, 2, FACT_WIDTH)
+        facts = notes["facts"]
+        assert facts.shape == (len(questions), 32, 2, FACT_WIDTH)
         assert notes["seen"].shape == (len(questions), 32)
         for row, seen, question in zip(facts, notes["seen"], questions, strict=True):
             events = relevant(world, question)
@@ -83,6 +85,28 @@ def test_a_world_of_which_nothing_can_be_asked_gives_way():
     other = TellingSource(silent[0] + 1, seconds=(4.0,), families=("presence",), questions=1)
     assert other.world(silent[0]).seed == next(n for n in range(silent[0], 10**6, silent[0] + 1) if n not in silent)
     assert [source.world(n).seed for n in range(10) if n not in silent] == [n for n in range(10) if n not in silent]
+
+
+def test_worlds_too_short_for_what_is_asked():
+    with pytest.raises(OptionError, match="worlds of 4 seconds have no questions of count; make them longer"):
+        TellingSource(10, seconds=(4.0,), families=("count",))[3]
+
+
+def test_frames_are_filled_up_to_the_bucket():
+    how = {"size": (28, 28), "questions": 3, "families": FAMILIES, "temporal": 1}
+    source = TellingSource(50, **how, seconds=(4.0, 8.0), slots=2, clip_frames=8)
+    tokenizer = world_tokenizer()
+    tokenizer.chat_template = QUERIES_FIRST_TEMPLATE
+    video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    sizes = {"frames": (32,), "text": (96,), "queries": lambda frames: 4, "reads": 64}
+    batch = TellingBatches(endless(source, 0), tokenizer, bert_tokenizer(), video, 8, **sizes)[0]
+    assert {example.num_frames for example in batch.examples} == {8, 16}
+    assert batch.arrays["seen"].shape == (8, 4, 32) and batch.arrays["facts"].shape == (8, 4, 64, FACT_WIDTH)
+    for facts, seen, example in zip(batch.arrays["facts"], batch.arrays["seen"], batch.examples, strict=True):
+        told, count, frames = example.told(), len(example.conversations), example.num_frames
+        np.testing.assert_array_equal(facts[:count].reshape(count, 32, 2, FACT_WIDTH)[:, :frames], told["facts"])
+        np.testing.assert_array_equal(seen[:count, :frames], told["seen"])
+        assert not seen[:, frames:].any() and not facts[:, 2 * frames :].any()
 
 
 @pytest.mark.parametrize(("slots", "clip_frames", "facts"), [(4, 0, 4), (2, 8, 2 * 16)])
@@ -111,7 +135,7 @@ def test_batches_have_a_row_of_facts_for_each_question(slots, clip_frames, facts
     assert batch.arrays["facts"].shape == (4, batch.arrays["tokens"].shape[1], facts, FACT_WIDTH)
     for row, example in zip(batch.arrays["facts"], batch.examples, strict=True):
         asked = len(example.conversations)
-        np.testing.assert_array_equal(row[:asked], example.told()["facts"])
+        np.testing.assert_array_equal(row[:asked], example.told()["facts"].reshape(asked, facts, FACT_WIDTH))
         assert not row[asked:].any()
     halves = [batches(n, 2)[3].arrays["facts"] for n in range(2)]
     np.testing.assert_array_equal(np.concatenate(halves), batch.arrays["facts"])

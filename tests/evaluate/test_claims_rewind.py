@@ -12,7 +12,7 @@ import longvid_jax as lv
 from longvid_jax import cli
 from longvid_jax.evaluate import claims_rewind, claims_rewind_report, compare, rewind_watch, world
 from longvid_jax.evaluate.claims_rewind import BEST, MEMORY, NONE, REWIND, WAYS, Plan
-from longvid_jax.evaluate.results import Results
+from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.rewind_watch import Variant
 from longvid_jax.evaluate.world import Setup
 from tests.systems.small_rewind import make
@@ -37,8 +37,10 @@ def model(folder):
     return lv.load(folder)
 
 
-def test_differences_of_known_answers(model):
+@pytest.mark.parametrize("own", [False, True])
+def test_differences_of_known_answers(model, own):
     """No memory loses all, memory every second, selection nothing, and the oracle as much as it."""
+    weights = {"weights": fingerprint(model.model)} if own else {}
     results = Results(None, {})
     lost = {NONE: lambda n: True, MEMORY: lambda n: n % 2 == 0}
     for seed in range(2):
@@ -47,17 +49,20 @@ def test_differences_of_known_answers(model):
             wrong = lost.get(way, lambda n: False)
             told = ["?" if wrong(n) else one.answer for n, one in enumerate(asked)]
             recall = [[one.video, 8 if n % 2 else 2, 1, n % 2, 0] for n, one in enumerate(asked)]
-            key = {"benchmark": "claims rewind", "length": 1, "seed": seed, "way": way}
+            key = {"benchmark": "claims rewind", "length": 1, "seed": seed, "way": way} | weights
             results.put(key, {"told": told, "recall": recall if way == REWIND else []})
     counted = []
-    found = claims_rewind.run({"": model}, PLAN, results, lambda what, count: counted.append(count))
+    models = {"": model, **(dict.fromkeys(WAYS, model) if own else {})}
+    found = claims_rewind.run(models, PLAN, results, lambda what, count: counted.append(count))
     assert sum(counted) == len(PLAN) == 2 * 4 * 24
     rows = {(row["way"], row["measure"]): row for row in found["rows"]}
     assert rows[NONE, "all"]["value"] == 0 and rows[MEMORY, "all"]["to_before"] == pytest.approx(0.5)
     assert rows[REWIND, "all"]["to_none"] == 1 and rows[BEST, "all"]["to_before"] == 0
     verdicts = {one["claim"]: one["verdict"] for one in found["claims"] if one["measure"] != compare.TIMELESS}
-    assert [verdicts[claims_rewind.SAYS[way]] for way in (MEMORY, REWIND, BEST)] == ["holds", "holds", "is open"]
-    assert verdicts["tells when better than without memory, memory and frame selection"] == "holds"
+    assert [verdicts[claims_rewind.SAYS[way]] for way in (REWIND, BEST)] == ["holds", "is open"]
+    without = (claims_rewind.SAYS[MEMORY], "tells when better than without memory, memory and frame selection")
+    # Weights that always had a memory say nothing of what one without could do.
+    assert [verdicts.get(claim) for claim in without] == (["holds"] * 2 if own else [None] * 2)
     (recall,) = found["recall"]
     assert (recall["needles"], recall["wide"], recall["frames"]) == (48, 24, 24)
     assert recall["candidates"] == [1, 1, 1] and recall["wide_selected"] == [1, 1, 1] and recall["relevant"][0] == 0
@@ -106,6 +111,7 @@ def test_the_command(folder, tmp_path, capsys):
     ("words", "said"),
     [
         (["--parts", "memory"], "--parts has 'memory', but each must be one of accuracy, spans"),
+        (["--own", "none=x", "--own", "none=y"], "--own gives none twice"),
         (["--own", "some=x"], "--own is 'some=x', but must be WAY=PATH with a way of none, memory, rewind, oracle"),
         (["--spans", "512"], "--spans has 512, but videos have 512 frames"),
         (["--needles", "0"], "--needles is 0, but must be at least 1"),

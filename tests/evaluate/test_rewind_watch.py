@@ -20,6 +20,7 @@ def model(tmp_path_factory):
 
 def test_questions_side_by_side_are_answered_as_each_alone(model, monkeypatch):
     monkeypatch.setattr(world, "MAX_NEW_TOKENS", 6)
+    monkeypatch.setattr(rewind_watch, "TOGETHER", 2)
     worlds, asked = world.ask(SETUP)
     times, alone = SETUP.times(worlds[0]), []
     for one in asked:

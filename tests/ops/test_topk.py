@@ -94,6 +94,14 @@ def test_the_best_are_those_that_a_stable_sort_puts_first():
                 np.testing.assert_array_equal(np.flatnonzero(mask[row]), sorted(order[:count]))
 
 
+def test_what_is_no_number_comes_last():
+    scores = np.array([[np.nan, 1.0, np.nan, 3.0, 2.0, -np.inf]], np.float32)
+    for count, expected in ((1, [3]), (3, [1, 3, 4]), (6, range(6))):
+        kept = top_k(scores, np.array([count]), 6)
+        np.testing.assert_array_equal(np.flatnonzero(kept.mask[0]), expected)
+        assert int(kept.count[0]) == count
+
+
 def test_compact_keeps_the_order():
     mask = RNG.random((9, 17)) < 0.4
     for width in (17, 5):

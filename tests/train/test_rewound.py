@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 import longvid_jax as lv
 from longvid_jax.errors import OptionError
@@ -17,7 +18,7 @@ from longvid_jax.evaluate.rewind_watch import Variant
 from longvid_jax.models.layers import FeedForward, exact_gelu
 from longvid_jax.models.perceiver import Contrast
 from longvid_jax.scale.mesh import make_mesh
-from longvid_jax.train import config
+from longvid_jax.train import config, models
 from longvid_jax.train.parameters import split
 from longvid_jax.train.rewound import Looking, contrast, noting, rewound_tokens
 from longvid_jax.train.siglip import siglip
@@ -172,6 +173,16 @@ def test_what_is_noted_is_far_from_facts_as_numpy_says(model, pixels):
     assert found[0.5][0] == pytest.approx(total + 0.5 * missed, rel=1e-4)
 
 
+def test_nothing_to_tell(model, pixels):
+    """A batch of questions about what never happens has a loss all the same."""
+    facts = FeedForward(6, 8, model.model.config.text.width, exact_gelu, dtype=jnp.float32, rngs=nnx.Rngs(3))
+    batch = questions_about(model, pixels)
+    batch |= {"groups": np.zeros((2, 4), np.int32), "facts": np.zeros((2, 2, 2 * FRAMES, 6))}
+    run = jax.jit(partial(noting, facts=facts, looking=LOOKING, mean=MEAN, std=STD))
+    total, count, _ = run(model.model, jax.tree.map(jnp.asarray, batch))
+    assert np.isfinite(total) and total > 0 and count == 0
+
+
 # --- SigLIP -----------------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +294,35 @@ def test_recipes(tmp_path):
 def test_values_that_are_refused(values, fault):
     with pytest.raises(OptionError, match=fault):
         config.resolve({"stages": ({"steps": 1},), **values})
+
+
+def test_sources_that_do_not_fit(tmp_path, monkeypatch):
+    """What is noted down must be what a clip can know, in the slots that there are; an oracle must know something."""
+    monkeypatch.setattr(models, "build", with_facts(models.build))
+    wanted = config.load("rewind:smoke_instruct")
+    (source,) = config.plain(wanted.stages[0].sources)
+    for values, fault in (
+        ({"clip_frames": 8, "slots": 2}, "has clip_frames=8, but this ReWind needs 4"),
+        ({"clip_frames": 4, "slots": 1}, "has slots=1, but this ReWind needs 2"),
+    ):
+        with wanted.unlocked():
+            wanted.stages[0].sources = (ConfigDict({**source, "kind": "telling", **values}),)
+            wanted.stages[0].task = "telling"
+        with pytest.raises(OptionError, match=fault):
+            run(wanted, tmp_path / str(values["slots"]))
+    monkeypatch.undo()
+    with pytest.raises(OptionError, match="does not know what answers its questions; give one of kind 'telling'"):
+        run(config.load("rewind:smoke_instruct", ["--config.rewind.frames=oracle"]), tmp_path / "oracle")
+
+
+def with_facts(build):
+    """models.build, with a map from facts in its model."""
+
+    def built(*given):
+        model, module = build(*given)
+        return dataclasses.replace(model, facts=object()), module
+
+    return built
 
 
 def test_a_model_of_another_kind(tmp_path):
