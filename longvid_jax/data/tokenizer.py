@@ -75,7 +75,7 @@ def load_tokenizer(folder: str | Path):
         about = folder / "tokenizer_config.json"
         told = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
         # AutoTokenizer would ask config.json, too, and warn of types of models that are not transformers'.
-        plain = told.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
+        plain = told.get("tokenizer_class") in ("PreTrainedTokenizerFast", PreTrainedTokenizerFast.__name__)
         kind = PreTrainedTokenizerFast if plain else AutoTokenizer
         return kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
