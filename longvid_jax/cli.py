@@ -74,7 +74,7 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "try it: a made-up video and a tiny trained model, nothing to download")
     demo.add_argument("--keep", metavar="DIR", help="keep the video, what happens in it and the timeline figure in DIR")
     demo.add_argument("--seed", type=int, default=0, help="another one makes another video (default: 0)")
-    demo.add_argument("--system", choices=("retake", "adacm2"), default="retake", help="(default: %(default)s)")
+    demo.add_argument("--system", choices=("retake", "adacm2", "all"), default="retake", help="(default: %(default)s)")
 
     _ask_arguments(_command(commands, "ask", _ask, "ask one or more questions about a video"))
 
@@ -236,12 +236,8 @@ def _demo(arguments: argparse.Namespace) -> None:
         from longvid_jax.evaluate import demo
 
         bar = bars.add_task("starting", total=None)
-        result = demo.run(
-            arguments.system,
-            keep=arguments.keep,
-            seed=arguments.seed,
-            stage=lambda what: bars.update(bar, description=what),
-        )
+        show = demo.run_all if arguments.system == "all" else partial(demo.run, arguments.system)
+        result = show(keep=arguments.keep, seed=arguments.seed, stage=lambda what: bars.update(bar, description=what))
         bars.update(bar, visible=False)
     print_json(result) if arguments.json else print(printable(demo.report(result)))
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
@@ -30,7 +31,7 @@ class Show:
     """
 
     title: str
-    method: ReTaKe | AdaCM2
+    method: ReTaKe | AdaCM2 | None
     model: str
     trained: int
     seconds: float
@@ -84,13 +85,8 @@ def run(
     """
     start, show = time.perf_counter(), SHOWS[system]
     figure = Path(FIGURE if keep is None else "timeline.png")
-    with tempfile.TemporaryDirectory(prefix="longvid-demo-") as scratch:
-        folder = Path(scratch if keep is None else keep)
-        if keep is not None:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise OptionError(f"--keep {folder} already exists and is not an empty folder; give another one.")
-            folder.mkdir(parents=True, exist_ok=True)
-            figure = folder / figure
+    with _folder(keep) as folder:
+        figure = figure if keep is None else folder / figure
         check(figure)
         stage("making a video")
         world, questions = _world(seed, show)
@@ -104,9 +100,10 @@ def run(
         answers, result = ask(model, video, texts, max_new_tokens=MAX_NEW_TOKENS)
         stage("watching without")
         _, plain = ask(load(checkpoint), video, texts, max_new_tokens=MAX_NEW_TOKENS)
-        judged = [_judged(*one) for one in zip(questions, result["answers"], plain["answers"], strict=True)]
+        pairs = zip(questions, result["answers"], plain["answers"], strict=True)
+        told = [{**_asked(one), **judged(one, mine), "without": judged(one, other)} for one, mine, other in pairs]
         stage("drawing")
-        spans = [Span(one["family"], *(one["span"] or (None, None)), one["right"]) for one in judged]
+        spans = [Span(one["family"], *(one["span"] or (None, None)), one["right"]) for one in told]
         plot(answers[0].trace, video, figure, questions=spans)
     if keep is None:
         result["video"]["path"] = None  # it is gone
@@ -118,12 +115,72 @@ def run(
         "kept_in": None if keep is None else str(folder),
         "timeline": str(figure),
         **result,
-        "answers": judged,
-        "right": sum(one["right"] for one in judged),
-        "right_without": sum(one["without"]["right"] for one in judged),
+        "answers": told,
+        "right": sum(one["right"] for one in told),
+        "right_without": sum(one["without"]["right"] for one in told),
         "plain": {name: plain[name] for name in ("trace", "seconds")},
         "seconds": {**seconds, **result["seconds"], "total": time.perf_counter() - start},
     }
+
+
+def run_all(
+    *, keep: str | os.PathLike | None = None, seed: int = 0, stage: Callable[[str], None] = lambda what: None
+) -> dict:
+    """One made-up video and the same questions for all systems; the account as plain data. Arguments: as for run."""
+    start = time.perf_counter()
+    families = [family for family in FAMILIES if all(family in show.families for show in SHOWS.values())]
+    with _folder(keep) as folder:
+        stage("making a video")
+        together = Show("all", None, "", 0, min(show.seconds for show in SHOWS.values()), "", tuple(families))
+        world, questions = _world(seed, together)
+        video = Video(write_video(world, folder / "world.mp4", **FILE), fps=2)
+        found, told = {}, {}
+        for system, show in SHOWS.items():
+            stage(f"watching with {show.title}")
+            checkpoint = assets.path(show.model)
+            texts = [question.text for question in questions]
+            answers, result = ask(load(checkpoint, method=show.method), video, texts, max_new_tokens=MAX_NEW_TOKENS)
+            told[system] = [judged(*one) for one in zip(questions, result["answers"], strict=True)]
+            figure = None
+            if keep is not None:
+                figure = folder / f"{system}.png"
+                spans = [
+                    Span(question.family, *(question.span or (None, None)), one["right"])
+                    for question, one in zip(questions, told[system], strict=True)
+                ]
+                plot(answers[0].trace, video, figure, questions=spans)
+            found[system] = {
+                "model": show.model,
+                "trained_seconds": show.trained,
+                "right": sum(one["right"] for one in told[system]),
+                "timeline": None if figure is None else str(figure),
+                "trace": result["trace"],
+                "seconds": result["seconds"],
+            }
+    return {
+        "system": "all",
+        "seed": seed,
+        "world": {"seed": world.seed, "level": LEVEL, "split": SPLIT, "seconds": world.seconds},
+        "kept_in": None if keep is None else str(folder),
+        "systems": found,
+        "answers": [
+            {**_asked(question), "said": {system: told[system][n] for system in SHOWS}}
+            for n, question in enumerate(questions)
+        ],
+        "seconds": time.perf_counter() - start,
+    }
+
+
+@contextlib.contextmanager
+def _folder(keep: str | os.PathLike | None) -> Iterator[Path]:
+    """The folder that is to be kept, made if it is not there; or one that goes in the end."""
+    with tempfile.TemporaryDirectory(prefix="longvid-demo-") as scratch:
+        folder = Path(scratch if keep is None else keep)
+        if keep is not None:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise OptionError(f"--keep {folder} already exists and is not an empty folder; give another one.")
+            folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def _world(seed: int, show: Show) -> tuple[World, list[Question]]:
@@ -137,25 +194,27 @@ def _world(seed: int, show: Show) -> tuple[World, list[Question]]:
         number += 1
 
 
-def _judged(question: Question, answer: dict, without: dict) -> dict:
-    """An answer with the method and one without, beside the truth."""
+def _asked(question: Question) -> dict:
+    span = None if question.span is None else list(question.span)
+    return {"family": question.family, "question": question.text, "truth": question.answer, "span": span}
 
-    def judge(text: str) -> dict:
-        text = text.strip()
-        if question.family == "when":
-            found = span_iou(text, question.span)
-            return {"text": text, "right": found >= ENOUGH, "iou": found}
-        if question.family == "caption":
-            return {"text": text, "right": text == question.answer, "events": event_score(text, question.answer)}
-        return {"text": text, "right": text == question.answer}
 
-    about = dataclasses.asdict(question)
-    told = {"family": question.family, "question": question.text, "truth": question.answer, "span": about["span"]}
-    return {**told, **judge(answer["text"]), "tokens": answer["tokens"], "without": judge(without["text"])}
+def judged(question: Question, answer: dict) -> dict:
+    """An answer {"text", ...} beside the truth."""
+    text = answer["text"].strip()
+    found = {"text": text, "right": text == question.answer, "tokens": answer.get("tokens")}
+    if question.family == "when":
+        iou = span_iou(text, question.span)
+        found |= {"right": iou >= ENOUGH, "iou": iou}
+    if question.family == "caption":
+        found["events"] = event_score(text, question.answer)
+    return found
 
 
 def report(result: dict) -> str:
     """The account as text."""
+    if result["system"] == "all":
+        return _report_all(result)
     trace, plain, count = result["trace"], result["plain"]["trace"], len(result["answers"])
     length, show = clock(result["video"]["duration"]), SHOWS[result["system"]]
     lines = [
@@ -177,6 +236,25 @@ def report(result: dict) -> str:
         "",
         f"{result['timeline']} shows {show.drawn}; --seed N makes another video.",
     ]
+    return "\n".join(lines)
+
+
+def _report_all(result: dict) -> str:
+    systems, wide = result["systems"], max(len(show.title) for show in SHOWS.values())
+    length = clock(result["world"]["seconds"])
+    lines = [f"A made-up video of {length}, and the tiny models of all systems, which were trained on such videos.", ""]
+    for one in result["answers"]:
+        lines.append(f"{one['family']:9} {one['question']}")
+        lines += [f"          {SHOWS[name].title:{wide}}  {_told(one | said)}" for name, said in one["said"].items()]
+    lines.append("")
+    for name, one in systems.items():
+        lines.append(
+            f"{SHOWS[name].title:{wide}}  {one['right']} of {len(result['answers'])} right, cache "
+            f"{_megabytes(one['trace']['cache_bytes']).strip()}, {sum(one['seconds'].values()):.0f} s; trained on "
+            f"{one['trained_seconds']} seconds at most"
+        )
+    if result["kept_in"]:
+        lines += ["", f"{result['kept_in']} has the video and a timeline of each; --seed N makes another video."]
     return "\n".join(lines)
 
 

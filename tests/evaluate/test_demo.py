@@ -85,18 +85,43 @@ def check(result, show, folder):
         assert one["question"] in report and one["text"] in report and (one["right"] or one["truth"] in report)
 
 
+def test_all_systems_side_by_side(capsys, tmp_path):
+    folder = tmp_path / "kept"
+    assert cli.main(["demo", "--system", "all", "--json", "--keep", str(folder)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {path.name for path in folder.iterdir()} == {
+        "world.mp4", "world.json", *(f"{system}.png" for system in demo.SHOWS)
+    }  # fmt: skip
+    world = World(**result["world"])
+    truths = {question.text: question for question in world.questions()}
+    assert set(result["systems"]) == set(demo.SHOWS) and len(result["answers"]) == 6  # none is asked for a caption
+    for system, show in demo.SHOWS.items():
+        model = lv.load(assets.path(show.model), method=show.method)
+        questions = [one["question"] for one in result["answers"]]
+        answers = model.ask(lv.Video(folder / "world.mp4", fps=2), questions, max_new_tokens=demo.MAX_NEW_TOKENS)
+        said = [one["said"][system] for one in result["answers"]]
+        assert [answer.text.strip() for answer in answers] == [one["text"] for one in said]
+        assert result["systems"][system]["right"] == sum(one["right"] for one in said)
+        assert result["systems"][system]["trace"]["cache_bytes"] > 0
+    for one in result["answers"]:
+        assert truths[one["question"]].answer == one["truth"]
+    text = demo.report(result)
+    assert all(one["question"] in text for one in result["answers"])
+    assert all(f"{show.title:7}" in text for show in demo.SHOWS.values())
+
+
 def test_a_miss_is_told():
     """Answers that are wrong are said to be, with the truth beside them."""
     from longvid_jax.video.synthetic import Question
 
     question = Question("needle", "What colour is the ring?", "red", ("red", "blue"), (1.0, 2.0), False)
-    one = demo._judged(question, {"text": "blue", "tokens": [1]}, {"text": "red"})
-    assert not one["right"] and one["without"]["right"]
-    assert "wrong: red" in demo._told(one)
+    one = demo.judged(question, {"text": "blue", "tokens": [1]})
+    assert not one["right"] and one["tokens"] == [1] and demo.judged(question, {"text": "red "})["right"]
+    assert "wrong: red" in demo._told(demo._asked(question) | one)
     when = Question("when", "When?", "from 2 to 4 seconds", (), (2.2, 4.1), False)
-    near = demo._judged(when, {"text": "from 2 to 5 seconds", "tokens": []}, {"text": "never"})
-    assert near["right"] and near["iou"] == pytest.approx(1.9 / 3) and not near["without"]["right"]
-    assert "right: from 2 to 4 seconds is exact" in demo._told(near)
+    near = demo.judged(when, {"text": "from 2 to 5 seconds"})
+    assert near["right"] and near["iou"] == pytest.approx(1.9 / 3) and not demo.judged(when, {"text": "no"})["right"]
+    assert "right: from 2 to 4 seconds is exact" in demo._told(demo._asked(when) | near)
 
 
 def test_seeds_give_other_worlds():
