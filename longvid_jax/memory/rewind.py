@@ -99,12 +99,14 @@ def watch(
     *,
     truncate: int | None = None,
     remat: bool | str = False,
+    unroll: int = 1,
 ) -> TokenMemory:
     """The memory after these clips. It must have room for their frames; those beyond its capacity would be lost.
 
     Frames that are not valid change nothing, wherever they are. truncate: no gradient flows into what was written
     before a row's last `truncate` clips, whoever asks, nor into anything older; None: into all. remat: a clip's
-    activations are computed anew for the gradient, see ops.layers.rematerialised.
+    activations are computed anew for the gradient, see ops.layers.rematerialised. unroll: so many clips are compiled
+    one behind the other, whose gradient then copies less.
     """
     count, _, frames = clips.valid.shape
     if count * frames > memory.capacity:
@@ -120,7 +122,7 @@ def watch(
         early = jax.tree.map(lambda x: x[: count - truncate], clips)
         clips = jax.tree.map(lambda x: x[count - truncate :], clips)
         memory = jax.lax.stop_gradient(jax.lax.scan(clip, memory, early)[0])
-    return jax.lax.scan(rematerialised(clip, remat), memory, clips)[0]
+    return jax.lax.scan(rematerialised(clip, remat), memory, clips, unroll=unroll)[0]
 
 
 def step(memory: TokenMemory, clip: Clips, read: Read, perceive: Perceive, write: Write) -> TokenMemory:

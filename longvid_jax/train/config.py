@@ -37,6 +37,7 @@ BASE = {
     "frame_positions": {"count": 0, "initial": "zeros"},  # AdaCM2's, where the model has none; or "waves"
     "adacm2": {"alpha": 0.1, "beta": 0.1, "carry_queries": False, "stop_gradient": False, "scores": "attention"},
     # how ReWind watches and looks back, see train.rewound; truncate: gradients flow through so many clips, 0: all;
+    # unroll: clips that are compiled one behind the other;
     # relevance: weight of a loss of its own that frame selection learns from while telling does, 0: as in the paper;
     # memory, frames: whether the memory is told, and which frames are: to compare with, see train.rewound.FRAMES
     "rewind": {
@@ -45,6 +46,7 @@ BASE = {
         "num_selected": 8,
         "num_neighbors": 5,
         "truncate": 0,
+        "unroll": 1,
         "relevance": 0.0,
         "memory": True,
         "frames": "selected",
@@ -158,7 +160,7 @@ def resolve(config: Mapping) -> ConfigDict:
     for where, values, names in (
         ("", config, ("accumulate", "log_every", "workers", "ahead")),
         ("save.", config["save"], ("every", "keep_last")),
-        ("rewind.", config["rewind"], ("clip_frames", "num_candidates", "num_selected", "num_neighbors")),
+        ("rewind.", config["rewind"], ("clip_frames", "num_candidates", "num_selected", "num_neighbors", "unroll")),
         ("eval.", config["eval"], ("batches", "batch_size")),
         *((f"stages[{n}].", stage, ("batch_size",)) for n, stage in enumerate(config["stages"])),
     ):

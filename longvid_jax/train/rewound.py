@@ -25,7 +25,8 @@ FRAMES = ("selected", "uniform", "oracle")
 
 @dataclasses.dataclass(frozen=True)
 class Looking:
-    """How a video is watched and looked back at, as systems.rewind.ReWind has it; truncate: 0 for all clips.
+    """How a video is watched and looked back at, as systems.rewind.ReWind has it; truncate: 0 for all clips; unroll as
+    memory.rewind.watch takes it.
 
     relevance: weight, while telling is learned, of a loss that the paper does not have: how little of the question's
     attention the frames draw that show what it is about.
@@ -39,6 +40,7 @@ class Looking:
     num_selected: int = 8
     num_neighbors: int = 5
     truncate: int = 0
+    unroll: int = 1
     relevance: float = 0.0
     memory: bool = True
     frames: str = "selected"
@@ -123,6 +125,7 @@ def _watched(
         *model.cycle(instruction, remat=remat),
         truncate=looking.truncate or None,
         remat=remat,
+        unroll=looking.unroll,
     )
     return memory, instruction, details
 

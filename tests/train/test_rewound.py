@@ -126,13 +126,14 @@ def test_all_that_is_trained_has_a_gradient(model, pixels):
     assert slope == pytest.approx((up - down) / (2 * step), rel=2e-2)
 
 
-def test_truncation_changes_no_value(model, pixels):
+def test_truncation_and_unrolling_change_no_value(model, pixels):
     batch = questions_about(model, pixels)
-    late = dataclasses.replace(LOOKING, truncate=1)
+    late, along = (dataclasses.replace(LOOKING, **how) for how in ({"truncate": 1}, {"unroll": 2}))
     values = []
-    for looking in (LOOKING, late):
+    for looking in (LOOKING, late, along):
         values.append(np.asarray(tokens_of(model.model, batch, looking)[0]))
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
+    np.testing.assert_allclose(values[0], values[2], atol=1e-5)
 
 
 def test_what_is_noted_is_far_from_facts_as_numpy_says(model, pixels):
