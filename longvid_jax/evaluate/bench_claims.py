@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import claims, claims_adacm2_report, claims_rewind_report, heatmap
+from longvid_jax.evaluate import claims, claims_adacm2_report, claims_options, claims_rewind_report, heatmap
 from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.world import Setup, check_size
@@ -97,24 +96,14 @@ def _check_options(arguments: argparse.Namespace) -> None:
 
 
 def _plans(arguments: argparse.Namespace) -> tuple[claims.Plan, heatmap.Plan | None]:
-    given = {name: value for name in QUICK if (value := getattr(arguments, name)) is not None}
-    given = (QUICK if arguments.quick else {}) | given
-    size = (arguments.size, arguments.size)
-    examples = given.pop("examples", Setup.examples)
-    setup = Setup(examples=examples, level=arguments.level, seconds=arguments.seconds, fps=arguments.fps, size=size)
+    given = claims_options.given(arguments, tuple(QUICK), QUICK)
+    claims_options.check_counts(given, ("seeds", "needles", "lengths"))
+    setup = claims_options.setup(arguments, given.pop("examples", None))
     needles = {"needles": given.pop("needles")} if "needles" in given else {}
-    for name, values in (("--seeds", [given.get("seeds", 1)]), ("--needles", needles.values())):
-        for value in values:
-            if value < 1:
-                raise OptionError(f"{name} is {value}, but must be at least 1.")
-    for value in given.get("lengths", ()):
-        if value < 1:
-            raise OptionError(f"--lengths has {value}, but each must be at least 1.")
     for value in given.get("ratios", ()):
         if not 0 < value < 1:
             raise OptionError(f"--ratios has {value}, but each must be between 0 and 1.")
     plan = claims.Plan(setup, **given)
-    setup.world(0)
     lengths = {"lengths": heatmap.LENGTHS[:3]} if arguments.quick else {}
     return plan, heatmap.Plan(setup, **needles, **lengths) if arguments.heatmap else None
 
@@ -139,12 +128,7 @@ def _check_figures() -> None:
 
 
 def _write(found: dict, folder: Path, *, figures: bool) -> None:
-    (folder / RESULT).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    names = list({name: None for row in found["rows"] for name in row})
-    with open(folder / TABLE, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(found["rows"])
+    claims_options.write(folder, RESULT, found, {TABLE: found["rows"]})
     if found["needles"]:
         text = json.dumps(found["needles"], indent=1) + "\n"
         (folder / f"{NEEDLES}.json").write_text(text, encoding="utf-8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 import time
@@ -28,7 +27,7 @@ from longvid_jax.evaluate.claims_adacm2 import (
 )
 from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.evaluate.results import Results, fingerprint
-from longvid_jax.evaluate.world import Setup, check_size
+from longvid_jax.evaluate.world import check_size
 from longvid_jax.terminal import progress, say
 
 SHIPPED = "adacm2_world"  # of the assets
@@ -98,14 +97,8 @@ def run(arguments: argparse.Namespace) -> dict:
 def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     """What is asked for, and the models of their own."""
     names = ("seeds", "examples", "lengths", "alpha", "beta", "sweep", "sweep_seeds", "frames")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    given = (QUICK if arguments.quick else {}) | given
-    for name in ("seeds", "sweep_seeds"):
-        if given.get(name, 1) < 1:
-            raise OptionError(f"--{name.replace('_', '-')} is {given[name]}, but must be at least 1.")
-    for value in given.get("lengths", ()):
-        if value < 1:
-            raise OptionError(f"--lengths has {value}, but each must be at least 1.")
+    given = claims_options.given(arguments, names, QUICK)
+    claims_options.check_counts(given, ("seeds", "sweep_seeds", "lengths"))
     for name in ("alpha", "beta", "sweep"):
         for value in [given.get(name, 0.5)] if name != "sweep" else given.get(name, ()):
             if not 0 < value < 1:
@@ -117,16 +110,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
         given["limit"] = int(arguments.limit_mb * (1 << 20))
     own = claims_options.own(arguments.own, TRAINABLE)
     given["parts"] = claims_options.parts(arguments.parts, PARTS)
-    size = (arguments.size, arguments.size)
-    setup = Setup(
-        examples=given.pop("examples", Setup.examples),
-        level=arguments.level,
-        seconds=arguments.seconds,
-        fps=arguments.fps,
-        size=size,
-        families=None if arguments.captions else FAMILIES,
-    )
-    setup.world(0)
+    setup = claims_options.setup(arguments, given.pop("examples", None), None if arguments.captions else FAMILIES)
     given["lengths"] = sorted(set(given.get("lengths", Plan.lengths)))
     return Plan(setup, **given, own=tuple(own)), own
 
@@ -144,15 +128,8 @@ def _minutes(model, plan: Plan, left: int) -> float:
 
 
 def _write(found: dict, folder: Path, *, figures: bool) -> None:
-    (folder / RESULT).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    tables = {TABLE: found["rows"], MEMORY: found["memory"]["rows"] if found["memory"] else []}
-    for table, rows in tables.items():
-        if rows:
-            names = list({name: None for row in rows for name in row})
-            with open(folder / table, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(rows)
+    memory = found["memory"]["rows"] if found["memory"] else []
+    claims_options.write(folder, RESULT, found, {TABLE: found["rows"], MEMORY: memory})
     if figures:
         from longvid_jax.evaluate import claims_adacm2_figure as figure
 

@@ -1,24 +1,61 @@
-"""Options of `longvid bench claims` that several systems have, each with values of its own."""
+"""What the systems' `longvid bench claims` have in common: options that are read alike, and results written alike."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from longvid_jax.errors import OptionError
+from longvid_jax.evaluate.world import Setup
 
 
-def parts(given: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+def given(arguments: argparse.Namespace, names: Sequence[str], quick: Mapping) -> dict:
+    """Of these options those that are given, and with --quick that one's values for others."""
+    found = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return ({**quick} if arguments.quick else {}) | found
+
+
+def check_counts(values: Mapping, names: Sequence[str]) -> None:
+    """OptionError where one of these options, a number or several, is below 1."""
+    for name in names:
+        value, flag = values.get(name, 1), f"--{name.replace('_', '-')}"
+        if isinstance(value, Sequence):
+            for one in value:
+                if one < 1:
+                    raise OptionError(f"{flag} has {one}, but each must be at least 1.")
+        elif value < 1:
+            raise OptionError(f"{flag} is {value}, but must be at least 1.")
+
+
+def setup(arguments: argparse.Namespace, examples: int | None, families: Sequence[str] | None = None) -> Setup:
+    """The worlds that are asked for."""
+    found = Setup(
+        examples=Setup.examples if examples is None else examples,
+        level=arguments.level,
+        seconds=arguments.seconds,
+        fps=arguments.fps,
+        size=(arguments.size, arguments.size),
+        families=families,
+    )
+    found.world(0)
+    return found
+
+
+def parts(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
     """--parts: all of what is known where none are given."""
-    for one in given or ():
+    for one in wanted or ():
         if one not in known:
             raise OptionError(f"--parts has {one!r}, but each must be one of {', '.join(known)}.")
-    return tuple(given or known)
+    return tuple(wanted or known)
 
 
-def own(given: Sequence[str] | None, ways: Sequence[str]) -> dict[str, str]:
+def own(texts: Sequence[str] | None, ways: Sequence[str]) -> dict[str, str]:
     """--own WAY=PATH: paths of models by the way that they were trained with."""
     found = {}
-    for text in given or ():
+    for text in texts or ():
         way, _, where = text.partition("=")
         if way not in ways or not where:
             raise OptionError(f"--own is {text!r}, but must be WAY=PATH with a way of {', '.join(ways)}.")
@@ -26,3 +63,14 @@ def own(given: Sequence[str] | None, ways: Sequence[str]) -> dict[str, str]:
             raise OptionError(f"--own gives {way} twice; give each way one model.")
         found[way] = where
     return found
+
+
+def write(folder: Path, name: str, found: Mapping, tables: Mapping[str, Sequence[Mapping]]) -> None:
+    """The result as JSON, and those tables of it that have rows as CSV files."""
+    (folder / name).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for table, rows in tables.items():
+        if rows:
+            with open(folder / table, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list({name: None for row in rows for name in row}))
+                writer.writeheader()
+                writer.writerows(rows)

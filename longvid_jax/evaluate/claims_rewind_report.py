@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -13,7 +12,7 @@ from longvid_jax.evaluate import assets, claims_options, claims_rewind
 from longvid_jax.evaluate.claims_rewind import FAMILIES, GIVEN, LONG, NONE, PARTS, WAYS, WIDE, Plan, check, method
 from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.evaluate.results import Results, fingerprint
-from longvid_jax.evaluate.world import Setup, check_size
+from longvid_jax.evaluate.world import check_size
 from longvid_jax.terminal import progress
 
 SHIPPED = "rewind_world"  # of the assets
@@ -66,43 +65,20 @@ def run(arguments: argparse.Namespace) -> dict:
 def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     """What is asked for, and the models that were trained with a way."""
     names = ("seeds", "examples", "lengths", "spans", "needles")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    given = (QUICK if arguments.quick else {}) | given
-    for name in ("seeds", "needles"):
-        if given.get(name, 1) < 1:
-            raise OptionError(f"--{name} is {given[name]}, but must be at least 1.")
-    for name in ("lengths", "spans"):
-        for value in given.get(name, ()):
-            if value < 1:
-                raise OptionError(f"--{name} has {value}, but each must be at least 1.")
+    given = claims_options.given(arguments, names, QUICK)
+    claims_options.check_counts(given, ("seeds", "needles", "lengths", "spans"))
     if max(given.get("spans", (1,))) >= LONG:
         raise OptionError(f"--spans has {max(given['spans'])}, but videos have {LONG} frames.")
     given["parts"] = claims_options.parts(arguments.parts, PARTS)
     own = claims_options.own(arguments.own, WAYS)
-    size = (arguments.size, arguments.size)
-    setup = Setup(
-        examples=given.pop("examples", Setup.examples),
-        level=arguments.level,
-        seconds=arguments.seconds,
-        fps=arguments.fps,
-        size=size,
-        families=FAMILIES,
-    )
-    setup.world(0)
+    setup = claims_options.setup(arguments, given.pop("examples", None), FAMILIES)
     for name in ("lengths", "spans"):
         given[name] = sorted(set(given.get(name, getattr(Plan, name))))
     return Plan(setup, **given), own
 
 
 def _write(found: dict, folder: Path, *, figures: bool) -> None:
-    (folder / RESULT).write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    for table, part in TABLES.items():
-        if rows := found[part]:
-            names = list({name: None for row in rows for name in row})
-            with open(folder / table, "w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(rows)
+    claims_options.write(folder, RESULT, found, {table: found[part] for table, part in TABLES.items()})
     if figures and (found["rows"] or found["spans"]):
         from longvid_jax.evaluate import claims_rewind_figure
 
