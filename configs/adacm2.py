@@ -116,9 +116,10 @@ def _world(config, variant: str):
     if variant == "policy":
         config.adacm2.alpha, config.adacm2.beta = 0.1, 0.9
         config.optim.lr = 1e-3
-        config.optim.warmup = 20
-        config.stages = (_questions(steps=250, batch_size=2, seconds=16.0, asked=8),)
-        config.eval.every = 250
+        config.optim.warmup = 5
+        config.remat = "full"
+        config.stages = (_questions(steps=60, batch_size=2, seconds=16.0, asked=8),)
+        config.eval.every = 0
         return config
     config.model = {"model_type": "instructblip", "num_query_tokens": QUERIES, "qformer_config": QFORMER}
     towers = config.get_ref("towers")
