@@ -23,7 +23,7 @@ def test_overrides():
     assert (loaded.optim.lr, loaded.stages[0].steps, loaded.model.hidden_size) == (3e-4, 7, 48)
     assert config.plain(loaded.stages)[0]["sources"][0]["seconds"] == (4.0,)
     loaded = config.load("adacm2:policy", ["--config.checkpoint=x", "--config.adacm2.alpha=(0.1, 0.2, 1)"])
-    assert (loaded.adacm2.alpha, loaded.adacm2.beta) == ((0.1, 0.2, 1.0), 0.5)
+    assert (loaded.adacm2.alpha, loaded.adacm2.beta) == ((0.1, 0.2, 1.0), 0.9)
     loaded = config.load("finetune:full", ["--config.data=a.json", "--config.videos=b"])
     source = config.plain(loaded.stages)[0]["sources"][0]
     assert (source["file"], source["folder"]) == ("a.json", "b")
