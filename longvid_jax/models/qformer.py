@@ -144,9 +144,9 @@ class QFormer(nnx.Module):
 
 
 def _valid(x: jax.Array, count: int, text_valid: jax.Array | None) -> jax.Array:
-    """bool [B, Q + S]: the queries, and the text that is some."""
+    """bool [B, Q + S]: the queries, and the text that is some, if there is text."""
     valid = jnp.ones((len(x), count), bool)
-    return valid if text_valid is None else jnp.concatenate([valid, text_valid], axis=1)
+    return valid if x.shape[1] == count else jnp.concatenate([valid, text_valid], axis=1)
 
 
 def _fed(layer: QFormerLayer, x: jax.Array, count: int) -> jax.Array:
