@@ -7,7 +7,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
@@ -31,7 +31,7 @@ class Show:
     """
 
     title: str
-    method: ReTaKe | AdaCM2 | None
+    method: ReTaKe | AdaCM2
     model: str
     trained: int
     seconds: float
@@ -89,7 +89,7 @@ def run(
         figure = figure if keep is None else folder / figure
         check(figure)
         stage("making a video")
-        world, questions = _world(seed, show)
+        world, questions = _world(seed, show.seconds, show.families)
         path = write_video(world, folder / "world.mp4", **FILE)
         stage("loading the model")
         checkpoint = assets.path(show.model)
@@ -131,8 +131,7 @@ def run_all(
     families = [family for family in FAMILIES if all(family in show.families for show in SHOWS.values())]
     with _folder(keep) as folder:
         stage("making a video")
-        together = Show("all", None, "", 0, min(show.seconds for show in SHOWS.values()), "", tuple(families))
-        world, questions = _world(seed, together)
+        world, questions = _world(seed, min(show.seconds for show in SHOWS.values()), families)
         video = Video(write_video(world, folder / "world.mp4", **FILE), fps=2)
         found, told = {}, {}
         for system, show in SHOWS.items():
@@ -183,14 +182,14 @@ def _folder(keep: str | os.PathLike | None) -> Iterator[Path]:
         yield folder
 
 
-def _world(seed: int, show: Show) -> tuple[World, list[Question]]:
+def _world(seed: int, seconds: float, families: Sequence[str]) -> tuple[World, list[Question]]:
     """A world and a question of each family about it, in the families' order."""
     number = 1000 * seed
     while True:
-        world = World(number, level=LEVEL, seconds=show.seconds, split=SPLIT)
-        asked = {question.family: question for question in world.questions(families=show.families)}
-        if asked.keys() == set(show.families):
-            return world, [asked[family] for family in show.families]
+        world = World(number, level=LEVEL, seconds=seconds, split=SPLIT)
+        asked = {question.family: question for question in world.questions(families=families)}
+        if asked.keys() == set(families):
+            return world, [asked[family] for family in families]
         number += 1
 
 

@@ -125,5 +125,5 @@ def test_a_miss_is_told():
 
 
 def test_seeds_give_other_worlds():
-    worlds = [demo._world(seed, demo.SHOWS["retake"])[0] for seed in (0, 0, 1)]
+    worlds = [demo._world(seed, 24.0, ("needle", "when"))[0] for seed in (0, 0, 1)]
     assert worlds[0] == worlds[1] != worlds[2]
