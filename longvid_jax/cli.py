@@ -74,7 +74,9 @@ def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     demo = _command(commands, "demo", _demo, "try it: a made-up video and a tiny trained model, nothing to download")
     demo.add_argument("--keep", metavar="DIR", help="keep the video, what happens in it and the timeline figure in DIR")
     demo.add_argument("--seed", type=int, default=0, help="another one makes another video (default: 0)")
-    demo.add_argument("--system", choices=("retake", "adacm2", "all"), default="retake", help="(default: %(default)s)")
+    demo.add_argument(
+        "--system", choices=("retake", "adacm2", "rewind", "all"), default="retake", help="(default: %(default)s)"
+    )
 
     _ask_arguments(_command(commands, "ask", _ask, "ask one or more questions about a video"))
 

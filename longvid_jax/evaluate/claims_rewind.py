@@ -86,19 +86,28 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
     rows, recall = [], []
     for length in plan.lengths if "accuracy" in plan.parts else ():
         asked, videos, told, found = [], [], {way: [] for way in WAYS}, []
+
+        def done(way: str, count: int, length: int = length) -> None:
+            progress(f"{length}x {way}", count)
+
         for seed in range(plan.seeds):
             setup = plan.at(seed, length)
             worlds, here = world.ask(setup)
             worlds = [Rendered(one, setup) for one in worlds]
             asked += here
             videos += [f"{seed}/{one.video}" for one in here]
-            for way in WAYS:
-                key = {"benchmark": "claims rewind", "length": length, "seed": seed, "way": way}
-                key |= {"weights": weights[way]} if way in weights else {}
+            keys = {way: {"benchmark": "claims rewind", "length": length, "seed": seed, "way": way} for way in WAYS}
+            keys = {way: key | ({"weights": weights[way]} if way in weights else {}) for way, key in keys.items()}
+            missing = [way for way in WAYS if results.get(keys[way]) is None]
+            alike = [[way for way in missing if way not in models], *([way] for way in missing if way in models)]
+            for ways in filter(None, alike):  # what was watched serves all that have the same weights
+                model = models.get(ways[0], models[""])
+                for way, answers in _answer(model, setup, worlds, here, ways, done).items():
+                    results.put(keys[way], answers)
+            for way, key in keys.items():
                 have = results.get(key)
-                if have is None:
-                    have = results.put(key, _answer(models.get(way, models[""]), setup, worlds, here, WAYS[way]))
-                progress(f"{length}x {way}", len(here))
+                if way not in missing:
+                    done(way, len(here))
                 told[way] += have["told"]
                 found += [(f"{seed}/{video}", *rest) for video, *rest in have["recall"]] if way == REWIND else []
         for way in WAYS:
@@ -121,19 +130,28 @@ def _variant(model: RewindModel, way: Way) -> Variant:
     return Variant(model, method, memory=way.memory, frames=way.frames)
 
 
-def _answer(model: RewindModel, setup: Setup, worlds, asked: Sequence[Asked], way: Way) -> dict:
-    """What is said, and of needles (video, frames that show it, among candidates, selected, most relevant)."""
-    variant, found = _variant(model, way), []
-
-    def seen(memory: RewindMemory, here: Sequence[int]) -> None:
-        if way.frames == SELECTED and any(asked[i].question.family == "needle" for i in here):
-            for i, hits in zip(here, _hits(variant, memory), strict=False):
-                if asked[i].question.family == "needle":
-                    found.append([asked[i].video, *hits])
-
-    how = {"max_new_tokens": MAX_NEW_TOKENS, "progress": lambda count: None, "seen": seen}
-    told = rewind_watch.answers(variant, worlds, asked, setup.times, setup.size, **how)
-    return {"told": told, "recall": found}
+def _answer(
+    model: RewindModel,
+    setup: Setup,
+    worlds,
+    asked: Sequence[Asked],
+    ways: Sequence[str],
+    done: Callable[[str, int], None] = lambda way, count: None,
+) -> dict[str, dict]:
+    """By way what is said, and of needles (video, frames that show it, among candidates, selected, most relevant)."""
+    variants = {way: _variant(model, WAYS[way]) for way in ways}
+    found = {way: {"told": [""] * len(asked), "recall": []} for way in ways}
+    for here, memory, seen in rewind_watch.memories(model, worlds, asked, setup.times, setup.size):
+        needles = [asked[i].question.family == "needle" for i in here]
+        for way, variant in variants.items():
+            variant.seen = seen
+            for i, text in zip(here, rewind_watch.said(variant, memory, MAX_NEW_TOKENS), strict=False):
+                found[way]["told"][i] = text
+            if WAYS[way].frames == SELECTED and any(needles):
+                pairs = zip(needles, _hits(variant, memory), strict=False)
+                found[way]["recall"] += [[asked[here[0]].video, *hits] for needle, hits in pairs if needle]
+            done(way, len(here))
+    return found
 
 
 def _hits(variant: Variant, memory: RewindMemory) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longvid_jax.evaluate.claims_figure import INK, style
-from longvid_jax.evaluate.claims_rewind import BEST, MEMORY, NONE, REWIND, WAYS
+from longvid_jax.evaluate.claims_rewind import BEST, LONG, MEMORY, NONE, REWIND, WAYS, method
 
 STYLE = {  # colour, line, marker
     NONE: ("#33383d", ":", "s"),
@@ -14,9 +14,9 @@ STYLE = {  # colour, line, marker
     BEST: ("#3a7d5c", "--", "D"),
 }
 FOUND = {
-    "candidates": ("64 candidates", "#b5851d", "s"),
-    "selected": ("8 selected", "#c8442b", "o"),
-    "relevant": ("8 most relevant", "#2f6690", "^"),
+    "candidates": (f"{method().num_candidates} candidates", "#b5851d", "s"),
+    "selected": (f"{method().num_selected} selected", "#c8442b", "o"),
+    "relevant": (f"{method().num_selected} most relevant", "#2f6690", "^"),
 }
 MEASURES = {"all": "right, all", "when IoU": "mean IoU of when"}
 
@@ -48,7 +48,7 @@ def draw(found: dict, path: Path) -> Path:
             _line(axes, spans, [one[name] for one in found["spans"]], says, colour, "-", marker)
         _ticks(axes, spans, "{}")
         axes.set_title("needles found", fontsize=7.5, color=INK)
-        axes.set_xlabel("sampled frames that show it, of 512", fontsize=7.5, color=INK)
+        axes.set_xlabel(f"sampled frames that show it, of {LONG}", fontsize=7.5, color=INK)
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.legend(fontsize=5.5, frameon=False)
     figure.savefig(path, dpi=200)

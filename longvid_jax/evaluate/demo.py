@@ -14,10 +14,13 @@ from longvid_jax.errors import OptionError
 from longvid_jax.evaluate import assets
 from longvid_jax.evaluate.ask import ask
 from longvid_jax.evaluate.metrics import event_score, span_iou
+from longvid_jax.evaluate.rewind_watch import UNIFORM, Variant
 from longvid_jax.evaluate.timeline import Span, check, clock, plot
 from longvid_jax.systems.adacm2 import AdaCM2
+from longvid_jax.systems.base import VideoModel
 from longvid_jax.systems.loading import load
 from longvid_jax.systems.retake import ReTaKe
+from longvid_jax.systems.rewind import ReWind
 from longvid_jax.video import Video
 from longvid_jax.video.synthetic import FAMILIES, Question, World, write_video
 
@@ -28,18 +31,26 @@ class Show:
 
     model: of the assets. trained: seconds of the longest videos that it was trained on. seconds: of the video. says:
     how little it answers from. families: that the model was taught and can answer. drawn: what is in the figure.
+    without: what it is compared with, and in words.
     """
 
     title: str
-    method: ReTaKe | AdaCM2
+    method: ReTaKe | AdaCM2 | ReWind
     model: str
     trained: int
     seconds: float
     says: str
     families: tuple[str, ...] = tuple(FAMILIES)
     drawn: str = "what was seen and what was kept"
+    without: tuple[Callable[[Path], VideoModel], str] = (load, "with all tokens kept")
 
 
+def _evenly(checkpoint: Path) -> VideoModel:
+    """A ReWind that looks back at frames spread evenly."""
+    return Variant(load(checkpoint), ReWind(), frames=UNIFORM)
+
+
+UNCAPTIONED = tuple(family for family in FAMILIES if family != "caption")  # which some were not taught
 SHOWS = {
     "retake": Show(
         "ReTaKe",
@@ -57,7 +68,18 @@ SHOWS = {
         seconds=64.0,
         says="After each frame it forgets what the question draws least attention to, so that its cache stays small.",
         drawn="what was seen and, for the first question, what was kept",
-        families=tuple(family for family in FAMILIES if family != "caption"),  # which it was not taught
+        families=UNCAPTIONED,
+    ),
+    "rewind": Show(
+        "ReWind",
+        ReWind(),
+        model="rewind_world",
+        trained=64,
+        seconds=64.0,
+        says="It writes two tokens of each frame into a memory as it watches, and then looks again at eight frames.",
+        drawn="for the first question, how relevant each frame was and which eight were looked at again",
+        families=UNCAPTIONED,
+        without=(_evenly, "with eight frames spread evenly in place of those"),
     ),
 }
 LEVEL, SPLIT = "clear", "test"  # a split that the model has never seen
@@ -99,7 +121,7 @@ def run(
         video, texts = Video(path, fps=2), [question.text for question in questions]
         answers, result = ask(model, video, texts, max_new_tokens=MAX_NEW_TOKENS)
         stage("watching without")
-        _, plain = ask(load(checkpoint), video, texts, max_new_tokens=MAX_NEW_TOKENS)
+        _, plain = ask(show.without[0](checkpoint), video, texts, max_new_tokens=MAX_NEW_TOKENS)
         pairs = zip(questions, result["answers"], plain["answers"], strict=True)
         told = [{**_asked(one), **judged(one, mine), "without": judged(one, other)} for one, mine, other in pairs]
         stage("drawing")
@@ -214,7 +236,7 @@ def report(result: dict) -> str:
     """The account as text."""
     if result["system"] == "all":
         return _report_all(result)
-    trace, plain, count = result["trace"], result["plain"]["trace"], len(result["answers"])
+    trace, count = result["trace"], len(result["answers"])
     length, show = clock(result["video"]["duration"]), SHOWS[result["system"]]
     lines = [
         f"A made-up video of {length}, and a tiny model that was trained on such videos of {show.trained} seconds and "
@@ -224,14 +246,12 @@ def report(result: dict) -> str:
     ]
     for one in result["answers"]:
         lines += [f"{one['family']:9} {one['question']}", f"          {_told(one)}"]
-    without = result["right_without"]
     lines += [
         "",
-        f"{result['right']} of {count} answers are right; with all tokens kept {without} of {count} are.",
+        f"{result['right']} of {count} answers are right; {show.without[1]} {result['right_without']} of {count} are.",
         "",
         f"{trace['frames']} frames of a {length} video became {trace['tokens']:,} tokens.",
-        f"Cache without {show.title}    {_megabytes(plain['cache_bytes'])}  ({_a_layer(plain)} tokens a layer)",
-        f"Cache with {show.title}       {_megabytes(trace['cache_bytes'])}  ({_a_layer(trace)} tokens a layer)",
+        *_held(result, show.title),
         "",
         f"{result['timeline']} shows {show.drawn}; --seed N makes another video.",
     ]
@@ -264,6 +284,21 @@ def _told(one: dict) -> str:
         return f"{one['text']}  ({said})"
     more = f", {100 * one['events']:.0f} % of the events in order" if "events" in one else ""
     return f"{one['text'] or '(nothing)'}  (wrong: {one['truth']}{more})"
+
+
+def _held(result: dict, title: str) -> list[str]:
+    """What is held, beside what would be or was held without."""
+    trace, plain = result["trace"], result["plain"]["trace"]
+    if "selected" in trace:
+        every, some = (_megabytes(trace[name]) for name in ("cache_bytes_uncompressed", "cache_bytes"))
+        return [
+            f"Memory with a token a patch  {every}  ({trace['tokens']:,} tokens)",
+            f"Memory of {title}             {some}  ({trace['tokens_kept']:,} tokens)",
+        ]
+    return [
+        f"Cache without {title}    {_megabytes(plain['cache_bytes'])}  ({_a_layer(plain)} tokens a layer)",
+        f"Cache with {title}       {_megabytes(trace['cache_bytes'])}  ({_a_layer(trace)} tokens a layer)",
+    ]
 
 
 def _a_layer(trace: dict) -> str:

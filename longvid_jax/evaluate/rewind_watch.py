@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -66,6 +66,27 @@ def watched(model: RewindModel, world, texts: Sequence[str], times: np.ndarray, 
     return model.finish(memory)
 
 
+def memories(
+    model: RewindModel, worlds: Sequence, asked: Sequence, times: Callable, size: tuple[int, int]
+) -> Iterator[tuple[list[int], RewindMemory, np.ndarray]]:
+    """Each world watched, side by side for up to TOGETHER of its questions.
+
+    Gives the questions' numbers, the memory whose first rows are theirs, and bool [B, T] which frames show what each
+    row is about. What was watched serves every variant of the model that has clips of as many frames.
+    """
+    of_video: dict[int, list[int]] = {}
+    for i, one in enumerate(asked):
+        of_video.setdefault(one.video, []).append(i)
+    groups = [rows[n : n + TOGETHER] for rows in of_video.values() for n in range(0, len(rows), TOGETHER)]
+    most = max(map(len, groups))
+    for here in groups:
+        seen = worlds[asked[here[0]].video]
+        filled = here + here[-1:] * (most - len(here))  # so that one program serves all
+        when = times(seen)
+        memory = watched(model, seen, [asked[i].text for i in filled], when, size)
+        yield here, memory, np.stack([shows(seen, asked[i].question, when) for i in filled])
+
+
 def answers(
     model: RewindModel,
     worlds: Sequence,
@@ -75,31 +96,20 @@ def answers(
     *,
     max_new_tokens: int,
     progress: Callable[[int], None],
-    seen: Callable[[RewindMemory, Sequence[int]], None] = lambda memory, here: None,
 ) -> list[str]:
-    """What the model says to each question; a world is watched side by side for up to TOGETHER of its questions.
-
-    seen(memory, here) is told of each memory and of the numbers of the questions in its first rows.
-    """
-    of_video: dict[int, list[int]] = {}
-    for i, one in enumerate(asked):
-        of_video.setdefault(one.video, []).append(i)
-    groups = [rows[n : n + TOGETHER] for rows in of_video.values() for n in range(0, len(rows), TOGETHER)]
-    most = max(map(len, groups))
+    """What the model says to each question."""
     told = [""] * len(asked)
-    for here in groups:
-        video = asked[here[0]].video
-        filled = here + here[-1:] * (most - len(here))  # so that one program serves all
-        when = times(worlds[video])
-        memory = watched(model, worlds[video], [asked[i].text for i in filled], when, size)
-        if isinstance(model, Variant):
-            model.seen = np.stack([shows(worlds[video], asked[i].question, when) for i in filled])
-        seen(memory, here)
-        said = model.answer(memory, max_new_tokens=max_new_tokens).text
-        for i, text in zip(here, [said] if isinstance(said, str) else said, strict=False):
-            told[i] = text.strip()
+    for here, memory, _ in memories(model, worlds, asked, times, size):
+        for i, text in zip(here, said(model, memory, max_new_tokens), strict=False):
+            told[i] = text
         progress(len(here))
     return told
+
+
+def said(model: RewindModel, memory: RewindMemory, max_new_tokens: int) -> list[str]:
+    """An answer for each row of a memory."""
+    text = model.answer(memory, max_new_tokens=max_new_tokens).text
+    return [one.strip() for one in ([text] if isinstance(text, str) else text)]
 
 
 def shows(world, question, times: np.ndarray) -> np.ndarray:

@@ -70,7 +70,9 @@ def rewound_tokens(
         seen = batch["seen"].reshape(shown.shape) if looking.frames == "oracle" else shown
         selected = spread_over(seen, shown, looking.num_selected)
     details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
-    vectors, there = model.told(memory.tokens, memory.valid & looking.memory, details, selected.valid)
+    # What is not told is not made either: the compiler leaves out what nothing hangs on.
+    written = memory.tokens if looking.memory else jnp.zeros_like(memory.tokens)
+    vectors, there = model.told(written, memory.valid & looking.memory, details, selected.valid)
     return _said(model, vectors, there, batch, remat)
 
 

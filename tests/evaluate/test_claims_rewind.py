@@ -72,13 +72,14 @@ def test_differences_of_known_answers(model, own):
     assert [one["verdict"] for one in long] == ["holds", "holds"]
 
 
-def test_what_counts_as_found(model):
+def test_what_counts_as_found(model, monkeypatch):
     """Against the trace of an answer, by the frames that show the needle."""
     setup = dataclasses.replace(SETUP, families=("needle",), size=(28, 28), examples=4)
     worlds, asked = world.ask(setup)
     few = Variant(model, lv.ReWind(num_candidates=5, num_selected=2))
-    found = claims_rewind._answer(few, setup, worlds, asked, dataclasses.replace(WAYS[REWIND], count=2))
-    variant, times = claims_rewind._variant(few, dataclasses.replace(WAYS[REWIND], count=2)), setup.times(worlds[0])
+    monkeypatch.setitem(WAYS, REWIND, dataclasses.replace(WAYS[REWIND], count=2))
+    found = claims_rewind._answer(few, setup, worlds, asked, [MEMORY, REWIND])[REWIND]
+    variant, times = claims_rewind._variant(few, WAYS[REWIND]), setup.times(worlds[0])
     assert len(found["recall"]) == 4 and len(found["told"]) == 4
     for one, (video, span, *hits) in zip(asked, found["recall"], strict=True):
         memory = rewind_watch.watched(variant, worlds[one.video], [one.text], times, setup.size)

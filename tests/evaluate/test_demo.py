@@ -12,21 +12,23 @@ from longvid_jax.evaluate import assets, demo
 from longvid_jax.evaluate.metrics import span_iou
 from longvid_jax.video.synthetic import World
 from tests import adacm2_model
+from tests.systems import small_rewind
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """The same demonstrations with shorter videos."""
-    for system, seconds in (("retake", 24.0), ("adacm2", 12.0)):
+    for system, seconds in (("retake", 24.0), ("adacm2", 12.0), ("rewind", 12.0)):
         monkeypatch.setitem(demo.SHOWS, system, dataclasses.replace(demo.SHOWS[system], seconds=seconds))
     monkeypatch.setenv("LONGVID_COMPILATION_CACHE", "0")
 
 
 @pytest.fixture
 def untrained(tmp_path, monkeypatch):
-    """A model of random weights in the place of AdaCM2's shipped one, where that is not there; it is quicker, too."""
+    """Models of random weights in the place of shipped ones; they are quicker."""
     monkeypatch.setattr(assets, "FOLDER", tmp_path / "assets")
     adacm2_model.write(assets.FOLDER / demo.SHOWS["adacm2"].model)
+    small_rewind.make(tmp_path / "rewind").rename(assets.FOLDER / demo.SHOWS["rewind"].model)
 
 
 def test_json_is_true(capsys, tmp_path):
@@ -52,6 +54,22 @@ def test_json_is_true_of_adacm2(capsys, tmp_path, untrained):
     assert plain["cache_bytes"] == trace["cache_bytes_uncompressed"] > 2 * trace["cache_bytes"]
 
 
+def test_json_is_true_of_rewind(capsys, tmp_path, untrained):
+    folder = tmp_path / "kept"
+    assert cli.main(["demo", "--system", "rewind", "--json", "--keep", str(folder)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    check(result, demo.SHOWS["rewind"], folder)
+    trace, plain = result["trace"], result["plain"]["trace"]
+    assert trace["tokens_kept"] == 2 * trace["frames"] == 48 and len(trace["selected"]) == 8
+    assert trace["cache_bytes"] < trace["cache_bytes_uncompressed"]
+    # Without selection it looks at frames spread evenly: of each eighth of the video the middle.
+    assert (
+        [one["frame"] for one in plain["selected"]]
+        == list(range(1, 24, 3))
+        != [one["frame"] for one in trace["selected"]]
+    )
+
+
 def check(result, show, folder):
     assert {path.name for path in folder.iterdir()} == {"world.mp4", "world.json", "timeline.png"}
     with Image.open(result["timeline"]) as figure:
@@ -73,10 +91,9 @@ def check(result, show, folder):
 
     # Anyone who asks the shipped model about the file gets what was said.
     checkpoint, questions = assets.path(show.model), [one["question"] for one in result["answers"]]
-    for method, said in ((show.method, lambda one: one), (None, lambda one: one["without"])):
-        answers = lv.load(checkpoint, method=method).ask(
-            lv.Video(folder / "world.mp4", fps=2), questions, max_new_tokens=demo.MAX_NEW_TOKENS
-        )
+    models = lv.load(checkpoint, method=show.method), show.without[0](checkpoint)
+    for model, said in zip(models, (lambda one: one, lambda one: one["without"]), strict=True):
+        answers = model.ask(lv.Video(folder / "world.mp4", fps=2), questions, max_new_tokens=demo.MAX_NEW_TOKENS)
         assert [answer.text.strip() for answer in answers] == [said(one)["text"] for one in result["answers"]]
 
     report = demo.report(result)
