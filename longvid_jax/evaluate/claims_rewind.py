@@ -82,7 +82,9 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
 
     models: by way those that were trained with it, and at "" the one that stands for the others.
     """
-    weights = {way: fingerprint(model.model) for way, model in models.items() if way}
+    prints = {way: fingerprint(model.model) for way, model in models.items()}
+    prints = {way: prints.get(way, prints[""]) for way in WAYS} | {"": prints[""]}
+    own = {way: {"weights": prints[way]} if prints[way] != prints[""] else {} for way in WAYS}  # of the results' keys
     rows, recall = [], []
     for length in plan.lengths if "accuracy" in plan.parts else ():
         asked, videos, told, found = [], [], {way: [] for way in WAYS}, []
@@ -97,10 +99,10 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
             asked += here
             videos += [f"{seed}/{one.video}" for one in here]
             keys = {way: {"benchmark": "claims rewind", "length": length, "seed": seed, "way": way} for way in WAYS}
-            keys = {way: key | ({"weights": weights[way]} if way in weights else {}) for way, key in keys.items()}
+            keys = {way: key | own[way] for way, key in keys.items()}
             missing = [way for way in WAYS if results.get(keys[way]) is None]
-            alike = [[way for way in missing if way not in models], *([way] for way in missing if way in models)]
-            for ways in filter(None, alike):  # what was watched serves all that have the same weights
+            for one in dict.fromkeys(prints[way] for way in missing):  # they are watched with once
+                ways = [way for way in missing if prints[way] == one]
                 model = models.get(ways[0], models[""])
                 for way, answers in _answer(model, setup, worlds, here, ways, done).items():
                     results.put(keys[way], answers)
@@ -112,15 +114,14 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
                 found += [(f"{seed}/{video}", *rest) for video, *rest in have["recall"]] if way == REWIND else []
         for way in WAYS:
             others = {"before": told[BESIDE[way]] if way in BESIDE else None, "none": told[NONE]}
-            place = {"length": length, "way": way, "weights": OWN if way in weights else GIVEN}
+            place = {"length": length, "way": way, "weights": OWN if way in models else GIVEN}
             rows += [place | row for row in compare(asked, videos, told[way], others)]
         frames = len(setup.times(setup.world(0)))
-        kind = OWN if REWIND in weights else GIVEN
+        kind = OWN if REWIND in models else GIVEN
         recall.append({"length": length, "frames": frames, "weights": kind, **_recall(found)})
     spans = []
     if "spans" in plan.parts:
-        own = {"weights": weights[REWIND]} if REWIND in weights else {}
-        spans = _spans(models.get(REWIND, models[""]), own, plan, results, progress)
+        spans = _spans(models.get(REWIND, models[""]), own[REWIND], plan, results, progress)
     return {"rows": rows, "recall": recall, "spans": spans, "claims": _claims(rows, recall)}
 
 
