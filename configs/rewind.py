@@ -20,9 +20,11 @@ tiny_pretrain, tiny_instruct and tiny_grounding are the same stages on the made-
     --config.checkpoint=runs/1/model
   longvid train --config configs/rewind.py:tiny_grounding --workdir runs/3 --config.checkpoint=runs/2/model
 
-What the paper does not have, and what makes so small a model learn in so few steps: Muon; a first half of
-tiny_instruct in which memory learns to note down what happens in the vectors that the towers were told it in; and, as
-long as that lasts, a loss that draws the question's attention to the frames that show what it is about.
+What the paper does not have, and what makes so small a model learn in so few steps: Muon; first of all in tiny_instruct
+memory learns to note down what happens in the vectors that the towers were told it in; and, as long as that lasts, a
+loss draws the question's attention to the frames that show what it is about. Then answers are learned from memory and
+frames in detail, and in turns from these frames alone, which would not be looked at where memory does. In the end
+videos of 16, 64 and 256 seconds take turns.
 
 To compare with are tiny_none (no memory, 64 frames spread evenly; there is nothing to note down, so all its steps are
 answers), tiny_memory (8 frames spread evenly) and tiny_oracle (8 frames that show it), each trained as tiny_instruct
@@ -167,16 +169,24 @@ def _tiny(config, which: str):
         written = {"num_write": value} if name == "slots" else {name: value} if name == "num_queries" else {}
         config.model, config.parts = TINY | written, parts
     config.eval = _asked(batch_size=5, seconds=16.0, split="validation", count=1000, **how)
-    config.eval.update({"every": 200, "batches": 8})
+    config.eval.update({"every": 400, "batches": 8})
+    config.save.keep_best = 0  # evaluation is of 16 seconds alone
     if which in ("instruct", *COMPARED, *SWEEPS):
         config.assets = "rewind_world" if which == "instruct" else ""
         config.rewind.relevance = 0.1
-        first = {"task": "telling" if config.rewind.memory else "rewound", **how}
+        noting = {"task": "telling" if config.rewind.memory else "rewound", **how}
+        answers, lengths = {"group": "answers", **how}, {"group": "lengths", **how}
         config.stages = (
-            _asked(batch_size=6, seconds=4.0, steps=300, **first),
-            _asked(batch_size=4, seconds=16.0, steps=1000, **first),
-            _asked(batch_size=4, seconds=16.0, steps=600, **how),
-            _asked(batch_size=1, seconds=64.0, steps=150, **how),
+            _asked(batch_size=6, seconds=4.0, steps=300, **noting),
+            _asked(batch_size=4, seconds=16.0, steps=1000, **noting),
+            _asked(batch_size=4, seconds=16.0, steps=300, **answers),
+            _asked(batch_size=4, seconds=16.0, steps=300, task="detailed", **answers),
+            _asked(batch_size=4, seconds=16.0, steps=60, **lengths),
+            _asked(batch_size=4, seconds=16.0, steps=40, task="detailed", **lengths),
+            _asked(batch_size=1, seconds=64.0, steps=100, **lengths),
+            _asked(batch_size=1, seconds=64.0, steps=50, **lengths | noting),
+            _asked(batch_size=1, seconds=256.0, steps=100, questions=2, **lengths),
+            _asked(batch_size=1, seconds=256.0, steps=50, questions=2, **lengths | noting),
         )
         return config
     if which != "grounding":
@@ -195,20 +205,28 @@ def _asked(
     split: str = "train",
     count: int = 10_000_000,
     families: tuple = FAMILIES,
+    questions: int = 8,
     fps: float = 2.0,
     slots: int = 2,
+    group: str = "",
 ):
-    """Eight questions about each world of so many seconds: a stage, or without steps an evaluation.
+    """Questions about each world of so many seconds: a stage, or without steps an evaluation.
 
     Its source also knows what answers them, which "telling" and frames of an oracle ask for.
     """
-    source = WORLD | {"kind": "telling", "count": count, "seconds": (seconds,), "questions": 8, "families": families}
+    source = WORLD | {
+        "kind": "telling",
+        "count": count,
+        "seconds": (seconds,),
+        "questions": questions,
+        "families": families,
+    }
     source |= {"split": split, "fps": fps, "clip_frames": CLIP, "slots": slots}
     frames = int(fps * seconds)
     # The memory, a separator, details of 8 frames or of 64, and a question with its answer.
     text = tuple(slots * -(-frames // CLIP) * CLIP + 1 + 4 * detailed + 36 for detailed in (8, 64))
     values = {"task": task, "batch_size": batch_size, "sources": (source,), "frames": (frames,), "text": text}
-    return stage(steps=steps, **values) if steps else values
+    return stage(steps=steps, group=group, **values) if steps else values
 
 
 def _unknown(variant: str) -> ValueError:

@@ -23,7 +23,7 @@ from longvid_jax.memory.state import RewindMemory
 from longvid_jax.systems.rewind import ReWind, RewindModel
 from longvid_jax.video.synthetic import World
 
-LENGTHS = (1, 4, 16)  # times the trained one
+LENGTHS = (1, 4, 16)  # times the seconds of the setup
 FAMILIES = ("needle", "order", "count", "when", "state", "presence")
 MANY = 64  # frames, without memory
 MAX_NEW_TOKENS = 24  # what is longer than all right answers is wrong

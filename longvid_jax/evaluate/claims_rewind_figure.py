@@ -37,7 +37,7 @@ def draw(found: dict, path: Path) -> Path:
             _line(axes, [row["length"] for row in mine], bounds, WAYS[way].says, colour, line, marker)
         _ticks(axes, sorted({row["length"] for row in found["rows"]}), "{}x")
         axes.set_title(MEASURES[measure], fontsize=7.5, color=INK)
-        axes.set_xlabel("times the trained length", fontsize=7.5, color=INK)
+        axes.set_xlabel(f"times {found['setup']['seconds']:g} seconds", fontsize=7.5, color=INK)
         if measure == "all":
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.legend(fontsize=5.5, frameon=False)

@@ -220,6 +220,12 @@ def _rewound_tokens(model: Model, remat: str = "none"):
     return partial(rewound_tokens, **_looking(model), remat=remat)
 
 
+def _detailed_tokens(model: Model, remat: str = "none"):
+    """The same from the frames in detail alone, so that these are learned to be read where memory would do."""
+    how = _looking(model)
+    return partial(rewound_tokens, **how | {"looking": dataclasses.replace(how["looking"], memory=False)}, remat=remat)
+
+
 def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
     settings = _rewind(model)
     if not settings.contrast_width:
@@ -275,6 +281,7 @@ TASKS = {
     "instructed": Task(_instructed, partial(_questioned_loss, _instructed_tokens), _instructed_tokens),
     "contrast": Task(_contrasted, _contrast_loss, None),
     "rewound": Task(_rewound, partial(_questioned_loss, _rewound_tokens), _rewound_tokens),
+    "detailed": Task(_rewound, partial(_questioned_loss, _detailed_tokens), _detailed_tokens),
     "telling": Task(_told_batches, _telling, None),
 }
 

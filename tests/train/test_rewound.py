@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,10 @@ import longvid_jax as lv
 from longvid_jax.errors import OptionError
 from longvid_jax.evaluate.rewind_watch import Variant
 from longvid_jax.models.layers import FeedForward, exact_gelu
+from longvid_jax.models.paths import leaves
 from longvid_jax.models.perceiver import Contrast
 from longvid_jax.scale.mesh import make_mesh
-from longvid_jax.train import config, models
+from longvid_jax.train import config, models, tasks
 from longvid_jax.train.parameters import split
 from longvid_jax.train.rewound import Looking, contrast, noting, rewound_tokens
 from longvid_jax.train.siglip import siglip
@@ -77,14 +79,18 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (45, 28, 28, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(("frames", "memory"), [("selected", True), ("uniform", False), ("oracle", True)])
+@pytest.mark.parametrize(
+    ("frames", "memory"), [("selected", True), ("selected", False), ("uniform", False), ("oracle", True)]
+)
 def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory):
     """Of the first token of each answer, from the logits that answer() decodes from: whole and ragged."""
     assert (model.settings.mean, model.settings.std) == (MEAN, STD)
     batch = questions_about(model, pixels)
     batch["seen"] = np.random.default_rng(1).random((2, 2, FRAMES)) < 0.4
     batch["seen"][1, 0] = False
-    asked = model if frames == "selected" else Variant(model, model.choices, memory=memory, frames=frames)
+    asked = (
+        Variant(model, model.choices, memory=memory, frames=frames) if (frames, memory) != ("selected", True) else model
+    )
     each, _ = tokens_of(model.model, batch, dataclasses.replace(LOOKING, memory=memory, frames=frames))
     each = np.asarray(each).reshape(batch["tokens"].shape)
     for v, a in np.ndindex(2, 2):
@@ -97,6 +103,22 @@ def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory)
         first = int(np.argmax(batch["weights"][v, a]))
         # The system keeps details in bfloat16.
         np.testing.assert_allclose(each[v, a, first], expected, atol=5e-3)
+
+
+def test_from_the_details_alone(model, pixels):
+    """The task "detailed": memory, which selects the frames, is neither told nor trained."""
+    batch = questions_about(model, pixels)
+    about = SimpleNamespace(rewind=dataclasses.asdict(LOOKING), mean=MEAN, std=STD)
+    tokens = tasks.task("detailed").tokens(about)
+    each, right = tokens(model.model, batch)
+    expected = tokens_of(model.model, batch, dataclasses.replace(LOOKING, memory=False))
+    np.testing.assert_allclose(each, expected[0], atol=1e-5)
+    np.testing.assert_array_equal(right, expected[1])
+    assert np.abs(np.asarray(each - tokens_of(model.model, batch)[0])).max() > 1e-3
+    grads = jax.grad(lambda module: tokens(module, batch)[0].sum())(model.model)
+    moved = {leaf.path for leaf in leaves(grads) if np.abs(np.asarray(leaf.value)).max() > 0}
+    assert "detail_projection/kernel" in moved
+    assert not any(path.startswith(("perceiver/", "memory/", "memory_projection/kernel")) for path in moved)
 
 
 def test_all_that_is_trained_has_a_gradient(model, pixels):
