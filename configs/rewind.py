@@ -12,24 +12,23 @@ ReWind's stages (arXiv 2411.15556) on a checkpoint that `longvid assemble rewind
 Where the paper is silent, these have AdamW with weight decay 0.05 in pre-training and none later, a cosine to 0, clipping at 1,
 adapters on all of attention; grounding at the learning rate of instruct.
 
-tiny_pretrain, tiny_instruct and tiny_grounding are the same stages on the made-up world, on towers that
-`configs/world_towers.py:tiny` has made:
+tiny_pretrain, tiny_instruct, tiny_details, tiny_lengths and tiny_grounding are such stages on the made-up world, on
+towers that `configs/world_towers.py:tiny` has made, one on top of the other:
 
   longvid train --config configs/rewind.py:tiny_pretrain --workdir runs/1 --config.towers=runs/towers/model
   longvid train --config configs/rewind.py:tiny_instruct --workdir runs/2 --config.towers=runs/towers/model \
     --config.checkpoint=runs/1/model
-  longvid train --config configs/rewind.py:tiny_grounding --workdir runs/3 --config.checkpoint=runs/2/model
 
-What the paper does not have, and what makes so small a model learn in so few steps: Muon; first of all in tiny_instruct
-memory learns to note down what happens in the vectors that the towers were told it in; and, as long as that lasts, a
-loss draws the question's attention to the frames that show what it is about. Then answers are learned from memory and
-frames in detail, and in turns from these frames alone, which would not be looked at where memory does. In the end
-videos of 16, 64 and 256 seconds take turns.
+and so on. What the paper does not have, and what makes so small a model learn in so few steps: Muon; in most of
+tiny_instruct memory learns to note down what happens in the vectors that the towers were told it in, and a loss draws
+the question's attention to the frames that show what it is about; then answers are learned from memory and frames in
+detail. Details are hardly looked at where memory does: in tiny_details answers come from the frames alone that show what
+a question is about. tiny_lengths puts all of it together, on 16, 64 and 256 seconds in turns.
 
-To compare with are tiny_none (no memory, 64 frames spread evenly; there is nothing to note down, so all its steps are
-answers), tiny_memory (8 frames spread evenly) and tiny_oracle (8 frames that show it), each trained as tiny_instruct
-is. tiny_write_N (1, 2, 4: tokens of a frame), tiny_queries_N (16, 32, 64) and tiny_fps_N (0.5, 1, 2) go from the towers
-to answers in one run each, for an accelerator.
+To compare with are tiny_none (no memory, 64 frames spread evenly; all its steps are answers), tiny_memory (8 frames
+spread evenly) and tiny_oracle (8 frames that show it), each in the place of tiny_lengths. tiny_write_N (1, 2, 4: tokens
+of a frame), tiny_queries_N (16, 32, 64) and tiny_fps_N (0.5, 1, 2) are tiny_instruct from the towers on, for an
+accelerator.
 
 smoke_pretrain, smoke_instruct and smoke_grounding take seconds there and learn next to nothing: to see that all of it
 runs.
@@ -169,24 +168,32 @@ def _tiny(config, which: str):
         written = {"num_write": value} if name == "slots" else {name: value} if name == "num_queries" else {}
         config.model, config.parts = TINY | written, parts
     config.eval = _asked(batch_size=5, seconds=16.0, split="validation", count=1000, **how)
-    config.eval.update({"every": 400, "batches": 8})
-    config.save.keep_best = 0  # evaluation is of 16 seconds alone
-    if which in ("instruct", *COMPARED, *SWEEPS):
-        config.assets = "rewind_world" if which == "instruct" else ""
+    config.eval.update({"every": 200, "batches": 8})
+    if which in ("instruct", *SWEEPS):
         config.rewind.relevance = 0.1
-        noting = {"task": "telling" if config.rewind.memory else "rewound", **how}
-        answers, lengths = {"group": "answers", **how}, {"group": "lengths", **how}
         config.stages = (
-            _asked(batch_size=6, seconds=4.0, steps=300, **noting),
-            _asked(batch_size=4, seconds=16.0, steps=1000, **noting),
-            _asked(batch_size=4, seconds=16.0, steps=300, **answers),
-            _asked(batch_size=4, seconds=16.0, steps=300, task="detailed", **answers),
-            _asked(batch_size=4, seconds=16.0, steps=60, **lengths),
-            _asked(batch_size=4, seconds=16.0, steps=40, task="detailed", **lengths),
-            _asked(batch_size=1, seconds=64.0, steps=100, **lengths),
-            _asked(batch_size=1, seconds=64.0, steps=50, **lengths | noting),
-            _asked(batch_size=1, seconds=256.0, steps=100, questions=2, **lengths),
-            _asked(batch_size=1, seconds=256.0, steps=50, questions=2, **lengths | noting),
+            _asked(batch_size=6, seconds=4.0, steps=300, task="telling", **how),
+            _asked(batch_size=4, seconds=16.0, steps=1000, task="telling", **how),
+            _asked(batch_size=4, seconds=16.0, steps=600, **how),
+        )
+        return config
+    if which == "details":
+        config.optim.warmup = 20
+        config.stages = (_asked(batch_size=6, seconds=16.0, steps=300, task="detailed"),)
+        return config
+    if which in ("lengths", *COMPARED):
+        config.assets = "rewind_world" if which == "lengths" else ""
+        config.optim.lr, config.optim.warmup = 1e-3, 20
+        config.rewind.relevance = 0.1
+        config.save.keep_best = 0  # evaluation is of 16 seconds alone
+        telling, detailed = (task if config.rewind.memory else "rewound" for task in ("telling", "detailed"))
+        config.stages = (
+            _asked(batch_size=4, seconds=16.0, steps=160, group="lengths"),
+            _asked(batch_size=4, seconds=16.0, steps=60, group="lengths", task=detailed),
+            _asked(batch_size=1, seconds=64.0, steps=110, group="lengths"),
+            _asked(batch_size=1, seconds=64.0, steps=50, group="lengths", task=telling),
+            _asked(batch_size=1, seconds=256.0, steps=110, group="lengths", questions=2),
+            _asked(batch_size=1, seconds=256.0, steps=50, group="lengths", questions=2, task=telling),
         )
         return config
     if which != "grounding":
@@ -232,5 +239,5 @@ def _asked(
 def _unknown(variant: str) -> ValueError:
     stages = ("pretrain", "instruct", "grounding")
     known = ", ".join(f"{kind}{name}" for kind in ("", "tiny_", "smoke_") for name in stages)
-    known += ", " + ", ".join(f"tiny_{name}" for name in (*COMPARED, *SWEEPS))
+    known += ", " + ", ".join(f"tiny_{name}" for name in ("details", "lengths", *COMPARED, *SWEEPS))
     return ValueError(f"there is no variant {variant!r}, but {known}")

@@ -221,9 +221,10 @@ def _rewound_tokens(model: Model, remat: str = "none"):
 
 
 def _detailed_tokens(model: Model, remat: str = "none"):
-    """The same from the frames in detail alone, so that these are learned to be read where memory would do."""
+    """The same from an oracle's frames alone, so that details are learned to be read where memory would do."""
     how = _looking(model)
-    return partial(rewound_tokens, **how | {"looking": dataclasses.replace(how["looking"], memory=False)}, remat=remat)
+    how["looking"] = dataclasses.replace(how["looking"], memory=False, frames="oracle")
+    return partial(rewound_tokens, **how, remat=remat)
 
 
 def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
@@ -281,7 +282,7 @@ TASKS = {
     "instructed": Task(_instructed, partial(_questioned_loss, _instructed_tokens), _instructed_tokens),
     "contrast": Task(_contrasted, _contrast_loss, None),
     "rewound": Task(_rewound, partial(_questioned_loss, _rewound_tokens), _rewound_tokens),
-    "detailed": Task(_rewound, partial(_questioned_loss, _detailed_tokens), _detailed_tokens),
+    "detailed": Task(_told_batches, partial(_questioned_loss, _detailed_tokens), _detailed_tokens),
     "telling": Task(_told_batches, _telling, None),
 }
 
