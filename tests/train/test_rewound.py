@@ -306,6 +306,26 @@ def test_recipes(tmp_path):
         assert example.size == (224, 224) and example.num_frames <= max(stage.frames)
 
 
+def test_what_is_compared_is_trained_alike():
+    """The ways to look differ in nothing else; one without memory has nothing to note down."""
+    stages = {}
+    for name in ("lengths", "none", "memory", "oracle"):
+        loaded = config.load(f"rewind:tiny_{name}", ["--config.checkpoint=x"])
+        stages[name] = config.plain(loaded.stages)
+        looking = Looking(**loaded.rewind)
+        assert (looking.memory, looking.frames, looking.num_selected) == {
+            "lengths": (True, "selected", 8),
+            "none": (False, "uniform", 64),
+            "memory": (True, "uniform", 8),
+            "oracle": (True, "oracle", 8),
+        }[name]
+    assert stages["memory"] == stages["oracle"] == stages["lengths"]
+    assert {one["task"] for one in stages["lengths"]} == {"rewound", "detailed", "telling"}
+    assert tuple(one | {"task": "rewound"} for one in stages["lengths"]) == tuple(stages["none"])
+    for name in ("write_1", "queries_64", "fps_0.5"):
+        assert config.load(f"rewind:tiny_{name}", ["--config.towers=x"]).stages[0].task == "telling"
+
+
 @pytest.mark.parametrize(
     ("values", "fault"),
     [
