@@ -147,7 +147,7 @@ def _tiny(config, which: str):
     config.optim.lr, config.optim.warmup, config.optim.floor = 3e-3, 100, 0.02
     config.optim.b2, config.optim.weight_decay = 0.99, 0.05
     config.save.every = 200
-    config.benchmark = {"seconds": 16.0, "fps": 2, "size": 56, "level": "clear", "families": FAMILIES}
+    config.benchmark = {"seconds": 16.0, "fps": 2.0, "size": 56, "level": "clear", "families": FAMILIES}
     towers = config.get_ref("towers")
     parts = tuple({"to": part, "source": towers, "part": part} for part in ("vision", "bert", "text"))
     if which == "pretrain":
@@ -163,7 +163,7 @@ def _tiny(config, which: str):
         config.rewind.update(COMPARED[which])
     if which in SWEEPS:
         name, value = SWEEPS[which]
-        config.benchmark.fps = value if name == "fps" else 2
+        config.benchmark.fps = value if name == "fps" else 2.0
         how = {name: value} if name in ("fps", "slots") else {}
         written = {"num_write": value} if name == "slots" else {name: value} if name == "num_queries" else {}
         config.model, config.parts = TINY | written, parts

@@ -322,7 +322,7 @@ def test_what_is_compared_is_trained_alike():
     assert stages["memory"] == stages["oracle"] == stages["lengths"]
     assert {one["task"] for one in stages["lengths"]} == {"rewound", "detailed", "telling"}
     assert tuple(one | {"task": "rewound"} for one in stages["lengths"]) == tuple(stages["none"])
-    for name in ("write_1", "queries_64", "fps_0.5"):
+    for name in ("write_1", "write_2", "write_4", "queries_16", "queries_64", "fps_0.5", "fps_2"):
         assert config.load(f"rewind:tiny_{name}", ["--config.towers=x"]).stages[0].task == "telling"
 
 
