@@ -12,8 +12,8 @@ ReWind's stages (arXiv 2411.15556) on a checkpoint that `longvid assemble rewind
 Where the paper is silent, these have AdamW with weight decay 0.05 in pre-training and none later, a cosine to 0, clipping at 1,
 adapters on all of attention; grounding at the learning rate of instruct.
 
-tiny_pretrain, tiny_instruct, tiny_details, tiny_lengths and tiny_grounding are such stages on the made-up world, on
-towers that `configs/world_towers.py:tiny` has made, one on top of the other:
+tiny_pretrain, tiny_instruct, tiny_details, tiny_lengths, tiny_answers and tiny_grounding are such stages on the made-up
+world, on towers that `configs/world_towers.py:tiny` has made, one on top of the other:
 
   longvid train --config configs/rewind.py:tiny_pretrain --workdir runs/1 --config.towers=runs/towers/model
   longvid train --config configs/rewind.py:tiny_instruct --workdir runs/2 --config.towers=runs/towers/model \
@@ -23,10 +23,12 @@ and so on. What the paper does not have, and what makes so small a model learn i
 tiny_instruct memory learns to note down what happens in the vectors that the towers were told it in, and a loss draws
 the question's attention to the frames that show what it is about; then answers are learned from memory and frames in
 detail. Details are hardly looked at where memory does: in tiny_details answers come from the frames alone that show what
-a question is about. tiny_lengths puts all of it together, on 16, 64 and 256 seconds in turns.
+a question is about. tiny_lengths puts all of it together, on 16, 64 and 256 seconds in turns. tiny_answers leaves
+the memory as it is: the decoder learns to answer from it and from details, which it has to look at where what memory
+holds of the frames in question is left out.
 
-To compare with are tiny_none (no memory, 64 frames spread evenly; all its steps are answers), tiny_memory (8 frames
-spread evenly) and tiny_oracle (8 frames that show it), each in the place of tiny_lengths. tiny_write_N (1, 2, 4: tokens
+To compare with are tiny_none (no memory, 64 frames spread evenly), tiny_memory (8 frames spread evenly) and tiny_oracle
+(8 frames that show it), each in the place of tiny_answers, with nothing left out. tiny_write_N (1, 2, 4: tokens
 of a frame), tiny_queries_N (16, 32, 64) and tiny_fps_N (0.5, 1, 2) are tiny_instruct from the towers on, for an
 accelerator.
 
@@ -36,7 +38,8 @@ runs.
 
 from longvid_jax.train.config import base, stage
 
-OWN = ("perceiver/.*", "memory/.*", "memory_projection/.*", "detail_projection/.*", "separator")
+TOLD = ("memory_projection/.*", "detail_projection/.*", "separator")
+OWN = ("perceiver/.*", "memory/.*", *TOLD)
 ADAPTERS = ".*/lora_[ab]"
 LORA = "text/layers/attention/[qkvo]"
 FRAMES = (32, 64, 128, 256)  # of one a second
@@ -181,19 +184,33 @@ def _tiny(config, which: str):
         config.optim.warmup = 20
         config.stages = (_asked(batch_size=6, seconds=16.0, steps=300, task="detailed"),)
         return config
-    if which in ("lengths", *COMPARED):
-        config.assets = "rewind_world" if which == "lengths" else ""
+    if which in ("lengths", "answers", *COMPARED):
         config.optim.lr, config.optim.warmup = 1e-3, 20
-        config.rewind.relevance = 0.1
         config.save.keep_best = 0  # evaluation is of 16 seconds alone
-        telling, detailed = (task if config.rewind.memory else "rewound" for task in ("telling", "detailed"))
+    if which == "lengths":
+        config.rewind.relevance = 0.1
         config.stages = (
             _asked(batch_size=4, seconds=16.0, steps=160, group="lengths"),
-            _asked(batch_size=4, seconds=16.0, steps=60, group="lengths", task=detailed),
+            _asked(batch_size=4, seconds=16.0, steps=60, group="lengths", task="detailed"),
             _asked(batch_size=1, seconds=64.0, steps=110, group="lengths"),
-            _asked(batch_size=1, seconds=64.0, steps=50, group="lengths", task=telling),
+            _asked(batch_size=1, seconds=64.0, steps=50, group="lengths", task="telling"),
             _asked(batch_size=1, seconds=256.0, steps=110, group="lengths", questions=2),
-            _asked(batch_size=1, seconds=256.0, steps=50, group="lengths", questions=2, task=telling),
+            _asked(batch_size=1, seconds=256.0, steps=50, group="lengths", questions=2, task="telling"),
+        )
+        return config
+    if which in ("answers", *COMPARED):
+        config.assets = "rewind_world" if which == "answers" else ""
+        config.trainable = (*TOLD, ADAPTERS)
+        # No detail says when something is, so that it is not asked where memory has gaps.
+        task = "gaps" if which == "answers" else "rewound"
+        gaps = {"task": task, "families": tuple(family for family in FAMILIES if family != "when")}
+        config.stages = (
+            _asked(batch_size=4, seconds=16.0, steps=60, group="answers"),
+            _asked(batch_size=4, seconds=16.0, steps=60, group="answers", **gaps),
+            _asked(batch_size=1, seconds=64.0, steps=100, group="answers"),
+            _asked(batch_size=1, seconds=64.0, steps=50, group="answers", **gaps),
+            _asked(batch_size=1, seconds=256.0, steps=160, group="answers", questions=4),
+            _asked(batch_size=1, seconds=256.0, steps=50, group="answers", questions=4, **gaps),
         )
         return config
     if which != "grounding":
@@ -239,5 +256,5 @@ def _asked(
 def _unknown(variant: str) -> ValueError:
     stages = ("pretrain", "instruct", "grounding")
     known = ", ".join(f"{kind}{name}" for kind in ("", "tiny_", "smoke_") for name in stages)
-    known += ", " + ", ".join(f"tiny_{name}" for name in ("details", "lengths", *COMPARED, *SWEEPS))
+    known += ", " + ", ".join(f"tiny_{name}" for name in ("details", "lengths", "answers", *COMPARED, *SWEEPS))
     return ValueError(f"there is no variant {variant!r}, but {known}")

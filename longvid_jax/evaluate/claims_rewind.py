@@ -84,6 +84,8 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
     """
     prints = {way: fingerprint(model.model) for way, model in models.items()}
     prints = {way: prints.get(way, prints[""]) for way in WAYS} | {"": prints[""]}
+    # Those that differ in the decoder alone have the same memory, which is then made once.
+    watching = {way: _watching(models.get(way, models[""])) for way in WAYS}
     own = {way: {"weights": prints[way]} if prints[way] != prints[""] else {} for way in WAYS}  # of the results' keys
     rows, recall = [], []
     for length in plan.lengths if "accuracy" in plan.parts else ():
@@ -101,10 +103,9 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
             keys = {way: {"benchmark": "claims rewind", "length": length, "seed": seed, "way": way} for way in WAYS}
             keys = {way: key | own[way] for way, key in keys.items()}
             missing = [way for way in WAYS if results.get(keys[way]) is None]
-            for one in dict.fromkeys(prints[way] for way in missing):  # they are watched with once
-                ways = [way for way in missing if prints[way] == one]
-                model = models.get(ways[0], models[""])
-                for way, answers in _answer(model, setup, worlds, here, ways, done).items():
+            for one in dict.fromkeys(watching[way] for way in missing):
+                those = {way: models.get(way, models[""]) for way in missing if watching[way] == one}
+                for way, answers in _answer(those, setup, worlds, here, done).items():
                     results.put(keys[way], answers)
             for way, key in keys.items():
                 have = results.get(key)
@@ -125,6 +126,12 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
     return {"rows": rows, "recall": recall, "spans": spans, "claims": _claims(rows, recall)}
 
 
+def _watching(model: RewindModel) -> str:
+    """A hash of all that a memory comes from."""
+    whole = model.model
+    return fingerprint((whole.vision, whole.bert, whole.perceiver, whole.memory))
+
+
 def _variant(model: RewindModel, way: Way) -> Variant:
     candidates = max(way.count, model.choices.num_candidates)
     method = dataclasses.replace(model.choices, num_selected=way.count, num_candidates=candidates)
@@ -132,17 +139,21 @@ def _variant(model: RewindModel, way: Way) -> Variant:
 
 
 def _answer(
-    model: RewindModel,
+    models: Mapping[str, RewindModel],
     setup: Setup,
     worlds,
     asked: Sequence[Asked],
-    ways: Sequence[str],
     done: Callable[[str, int], None] = lambda way, count: None,
 ) -> dict[str, dict]:
-    """By way what is said, and of needles (video, frames that show it, among candidates, selected, most relevant)."""
-    variants = {way: _variant(model, WAYS[way]) for way in ways}
-    found = {way: {"told": [""] * len(asked), "recall": []} for way in ways}
-    for here, memory, seen in rewind_watch.memories(model, worlds, asked, setup.times, setup.size):
+    """By way what is said, and of needles (video, frames that show it, among candidates, selected, most relevant).
+
+    models: by way, all of which make the same memory.
+    """
+    variants = {way: _variant(model, WAYS[way]) for way, model in models.items()}
+    found = {way: {"told": [""] * len(asked), "recall": []} for way in models}
+    for here, memory, seen in rewind_watch.memories(
+        next(iter(models.values())), worlds, asked, setup.times, setup.size
+    ):
         needles = [asked[i].question.family == "needle" for i in here]
         for way, variant in variants.items():
             variant.seen = seen

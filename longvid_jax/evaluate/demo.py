@@ -74,7 +74,7 @@ SHOWS = {
         "ReWind",
         ReWind(),
         model="rewind_world",
-        trained=64,
+        trained=256,
         seconds=64.0,
         says="It writes two tokens of each frame into a memory as it watches, and then looks again at eight frames.",
         drawn="for the first question, how relevant each frame was and which eight were looked at again",

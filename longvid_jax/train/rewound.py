@@ -33,6 +33,8 @@ class Looking:
 
     To compare with: memory=False tells the decoder nothing of the memory. frames: "selected", or "uniform", spread over
     the video, or "oracle", over the frames that show what a question is about (of which data.telling knows).
+
+    gaps: nothing is told that was written of those frames either, so that details have to be looked at.
     """
 
     clip_frames: int = 8
@@ -44,6 +46,7 @@ class Looking:
     relevance: float = 0.0
     memory: bool = True
     frames: str = "selected"
+    gaps: bool = False
 
     def room(self, frames: int) -> int:
         """Frames of a memory for so many: whole clips."""
@@ -72,7 +75,11 @@ def rewound_tokens(
     details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
     # What is not told is not made either: the compiler leaves out what nothing hangs on.
     written = memory.tokens if looking.memory else jnp.zeros_like(memory.tokens)
-    vectors, there = model.told(written, memory.valid & looking.memory, details, selected.valid)
+    told = memory.valid & looking.memory
+    if looking.gaps:
+        seen = batch["seen"].reshape(len(told), -1)
+        told &= ~jnp.pad(seen, [(0, 0), (0, told.shape[1] - seen.shape[1])])
+    vectors, there = model.told(written, told, details, selected.valid)
     return _said(model, vectors, there, batch, remat)
 
 

@@ -220,11 +220,16 @@ def _rewound_tokens(model: Model, remat: str = "none"):
     return partial(rewound_tokens, **_looking(model), remat=remat)
 
 
-def _detailed_tokens(model: Model, remat: str = "none"):
-    """The same from an oracle's frames alone, so that details are learned to be read where memory would do."""
+def _oracle_tokens(model: Model, remat: str = "none", **told):
+    """The same with an oracle's frames and less of the memory, so that details are read where memory would do."""
     how = _looking(model)
-    how["looking"] = dataclasses.replace(how["looking"], memory=False, frames="oracle")
+    how["looking"] = dataclasses.replace(how["looking"], frames="oracle", **told)
     return partial(rewound_tokens, **how, remat=remat)
+
+
+def _detailed(**told) -> Task:
+    tokens = partial(_oracle_tokens, **told)
+    return Task(_told_batches, partial(_questioned_loss, tokens), tokens)
 
 
 def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
@@ -282,7 +287,8 @@ TASKS = {
     "instructed": Task(_instructed, partial(_questioned_loss, _instructed_tokens), _instructed_tokens),
     "contrast": Task(_contrasted, _contrast_loss, None),
     "rewound": Task(_rewound, partial(_questioned_loss, _rewound_tokens), _rewound_tokens),
-    "detailed": Task(_told_batches, partial(_questioned_loss, _detailed_tokens), _detailed_tokens),
+    "detailed": _detailed(memory=False),
+    "gaps": _detailed(gaps=True),
     "telling": Task(_told_batches, _telling, None),
 }
 

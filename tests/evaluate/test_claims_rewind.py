@@ -84,7 +84,7 @@ def test_what_counts_as_found(model, monkeypatch):
     worlds, asked = world.ask(setup)
     few = Variant(model, lv.ReWind(num_candidates=5, num_selected=2))
     monkeypatch.setitem(WAYS, REWIND, dataclasses.replace(WAYS[REWIND], count=2))
-    found = claims_rewind._answer(few, setup, worlds, asked, [MEMORY, REWIND])[REWIND]
+    found = claims_rewind._answer(dict.fromkeys([MEMORY, REWIND], few), setup, worlds, asked)[REWIND]
     variant, times = claims_rewind._variant(few, WAYS[REWIND]), setup.times(worlds[0])
     assert len(found["recall"]) == 4 and len(found["told"]) == 4
     for one, (video, span, *hits) in zip(asked, found["recall"], strict=True):

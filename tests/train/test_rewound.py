@@ -20,6 +20,7 @@ from longvid_jax.models.layers import FeedForward, exact_gelu
 from longvid_jax.models.paths import leaves
 from longvid_jax.models.perceiver import Contrast
 from longvid_jax.scale.mesh import make_mesh
+from longvid_jax.systems.query_prompts import padded
 from longvid_jax.train import config, models, tasks
 from longvid_jax.train.parameters import split
 from longvid_jax.train.rewound import Looking, contrast, noting, rewound_tokens
@@ -79,19 +80,40 @@ def pixels():
     return np.random.default_rng(0).integers(0, 256, (45, 28, 28, 3), dtype=np.uint8)
 
 
+class WithGaps(Variant):
+    """Tells nothing that was written of the frames that are `seen`."""
+
+    def _placed(self, memory, written, selected):
+        each, kept = memory.written.tokens.shape[2], []
+        for ids, places, seen in zip(*super()._placed(memory, written, selected), self.seen, strict=True):
+            of_memory = (places >= 0) & (places < memory.written.capacity * each)
+            hidden = of_memory & np.pad(seen, (0, memory.written.capacity))[np.maximum(places, 0) // each]
+            kept.append((ids[~hidden], places[~hidden]))
+        ids, places = zip(*kept, strict=True)
+        return padded(ids), padded(places)
+
+
 @pytest.mark.parametrize(
-    ("frames", "memory"), [("selected", True), ("selected", False), ("uniform", False), ("oracle", True)]
+    ("frames", "memory", "gaps"),
+    [
+        ("selected", True, False),
+        ("selected", False, False),
+        ("uniform", False, False),
+        ("oracle", True, False),
+        ("oracle", True, True),
+    ],
 )
-def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory):
+def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory, gaps):
     """Of the first token of each answer, from the logits that answer() decodes from: whole and ragged."""
     assert (model.settings.mean, model.settings.std) == (MEAN, STD)
     batch = questions_about(model, pixels)
     batch["seen"] = np.random.default_rng(1).random((2, 2, FRAMES)) < 0.4
     batch["seen"][1, 0] = False
+    kind = WithGaps if gaps else Variant
     asked = (
-        Variant(model, model.choices, memory=memory, frames=frames) if (frames, memory) != ("selected", True) else model
+        kind(model, model.choices, memory=memory, frames=frames) if (frames, memory) != ("selected", True) else model
     )
-    each, _ = tokens_of(model.model, batch, dataclasses.replace(LOOKING, memory=memory, frames=frames))
+    each, _ = tokens_of(model.model, batch, dataclasses.replace(LOOKING, memory=memory, frames=frames, gaps=gaps))
     each = np.asarray(each).reshape(batch["tokens"].shape)
     for v, a in np.ndindex(2, 2):
         watched = asked.begin(QUESTIONS[v + a])
@@ -105,21 +127,23 @@ def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory)
         np.testing.assert_allclose(each[v, a, first], expected, atol=5e-3)
 
 
-def test_from_the_details_alone(model, pixels):
-    """The task "detailed": an oracle's frames, while memory is neither told nor trained."""
+@pytest.mark.parametrize(("name", "told"), [("detailed", {"memory": False}), ("gaps", {"gaps": True})])
+def test_what_teaches_to_look_at_details(model, pixels, name, told):
+    """An oracle's frames, while memory is neither told nor trained, or has gaps where it would tell the answer."""
     batch = questions_about(model, pixels)
     batch["seen"] = np.random.default_rng(1).random((2, 2, FRAMES)) < 0.4
     about = SimpleNamespace(rewind=dataclasses.asdict(LOOKING), mean=MEAN, std=STD)
-    tokens = tasks.task("detailed").tokens(about)
+    tokens = tasks.task(name).tokens(about)
     each, right = tokens(model.model, batch)
-    expected = tokens_of(model.model, batch, dataclasses.replace(LOOKING, memory=False, frames="oracle"))
+    expected = tokens_of(model.model, batch, dataclasses.replace(LOOKING, frames="oracle", **told))
     np.testing.assert_allclose(each, expected[0], atol=1e-5)
     np.testing.assert_array_equal(right, expected[1])
     assert np.abs(np.asarray(each - tokens_of(model.model, batch)[0])).max() > 1e-3
     grads = jax.grad(lambda module: tokens(module, batch)[0].sum())(model.model)
     moved = {leaf.path for leaf in leaves(grads) if np.abs(np.asarray(leaf.value)).max() > 0}
     assert "detail_projection/kernel" in moved
-    assert not any(path.startswith(("perceiver/", "memory/", "memory_projection/kernel")) for path in moved)
+    memory = {path for path in moved if path.startswith(("perceiver/", "memory/", "memory_projection/kernel"))}
+    assert bool(memory) == told.get("memory", True)
 
 
 def test_all_that_is_trained_has_a_gradient(model, pixels):
@@ -307,21 +331,22 @@ def test_recipes(tmp_path):
 
 
 def test_what_is_compared_is_trained_alike():
-    """The ways to look differ in nothing else; one without memory has nothing to note down."""
+    """The ways to look differ in nothing else, but that gaps would tell what is compared to look where it cannot."""
     stages = {}
-    for name in ("lengths", "none", "memory", "oracle"):
+    for name in ("answers", "none", "memory", "oracle"):
         loaded = config.load(f"rewind:tiny_{name}", ["--config.checkpoint=x"])
         stages[name] = config.plain(loaded.stages)
         looking = Looking(**loaded.rewind)
         assert (looking.memory, looking.frames, looking.num_selected) == {
-            "lengths": (True, "selected", 8),
+            "answers": (True, "selected", 8),
             "none": (False, "uniform", 64),
             "memory": (True, "uniform", 8),
             "oracle": (True, "oracle", 8),
         }[name]
-    assert stages["memory"] == stages["oracle"] == stages["lengths"]
-    assert {one["task"] for one in stages["lengths"]} == {"rewound", "detailed", "telling"}
-    assert tuple(one | {"task": "rewound"} for one in stages["lengths"]) == tuple(stages["none"])
+        assert loaded.trainable == ("memory_projection/.*", "detail_projection/.*", "separator", ".*/lora_[ab]")
+    assert stages["none"] == stages["memory"] == stages["oracle"]
+    assert {one["task"] for one in stages["answers"]} == {"rewound", "gaps"}
+    assert tuple(one | {"task": "rewound"} for one in stages["answers"]) == tuple(stages["none"])
     for name in ("write_1", "write_2", "write_4", "queries_16", "queries_64", "fps_0.5", "fps_2"):
         assert config.load(f"rewind:tiny_{name}", ["--config.towers=x"]).stages[0].task == "telling"
 
