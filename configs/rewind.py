@@ -201,9 +201,9 @@ def _tiny(config, which: str):
     if which in ("answers", *COMPARED):
         config.assets = "rewind_world" if which == "answers" else ""
         config.trainable = (*TOLD, ADAPTERS)
-        # No detail says when something is, so that it is not asked where memory has gaps.
-        task = "gaps" if which == "answers" else "rewound"
-        gaps = {"task": task, "families": tuple(family for family in FAMILIES if family != "when")}
+        # Details say neither when something is nor how often, so that it is not asked where memory has gaps.
+        seen = tuple(family for family in FAMILIES if family not in ("when", "count"))
+        gaps = {"task": "gaps" if which == "answers" else "rewound", "families": seen}
         config.stages = (
             _asked(batch_size=4, seconds=16.0, steps=60, group="answers"),
             _asked(batch_size=4, seconds=16.0, steps=60, group="answers", **gaps),
