@@ -11,9 +11,10 @@ CONFIGS = {"qwen2vl_world": "qwen2vl_world", "adacm2_world": "adacm2", "rewind_w
 METHODS = {"adacm2_world": lv.AdaCM2(alpha=0.1, beta=0.9), "rewind_world": lv.ReWind()}
 GOALS = {  # what their cards say
     "adacm2_world": {"needle": 0.92, "presence": 0.93, "order": 0.71, "count": 0.51, "when": 0.46, "state": 0.55},
-    "rewind_world": {},
+    "rewind_world": {"needle": 0.85, "presence": 0.93, "order": 0.83, "count": 0.40, "when": 0.30, "state": 0.66},
 }
-MIOU = {"adacm2_world": 0.55, "rewind_world": 0.0}
+MIOU = {"adacm2_world": 0.55, "rewind_world": 0.42}
+EXAMPLES = {"adacm2_world": 240, "rewind_world": 600}  # the less it is right, the more to tell it from guessing
 TAUGHT = tuple(family for family in FAMILIES if family != "caption")  # of what these answer
 
 
@@ -42,7 +43,7 @@ def test_it_answers():
 @pytest.mark.parametrize("name", METHODS)
 def test_what_its_card_says(name):
     """The same, of models with a memory that does not hold everything."""
-    setup = Setup(seed=1001, examples=240, families=TAUGHT)
+    setup = Setup(seed=1001, examples=EXAMPLES[name], families=TAUGHT)
     worlds, asked = world.ask(setup)
     told = world.answers(lv.load(assets.path(name), method=METHODS[name]), worlds, asked, setup.times, setup.size)
     families = world_scores.by_family(asked, told)
