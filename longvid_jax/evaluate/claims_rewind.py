@@ -253,6 +253,8 @@ SAYS = {
     BEST: "frames that show it are better than selected ones",
 }
 
+WHEN = {"when IoU": "in mean IoU", "when R1@0.5": "in R@1 at IoU 0.5"}
+
 
 def _claims(rows: Sequence[dict], recall: Sequence[dict]) -> list[dict]:
     """One holds, or does not, where all of the 95 % interval says so; else it is open.
@@ -270,9 +272,9 @@ def _claims(rows: Sequence[dict], recall: Sequence[dict]) -> list[dict]:
         if before and row["measure"] in ("all", TIMELESS) and fair(row["way"], before):
             ends = (row[f"to_before{end}"] for end in ("", "_low", "_high"))
             found.append({"claim": SAYS[row["way"]], **place, **verdict(*ends, 0.0)})
-        if row["way"] in (MEMORY, REWIND) and row["measure"] == "when IoU" and fair(row["way"], NONE):
+        if row["way"] in (MEMORY, REWIND) and row["measure"] in WHEN and fair(row["way"], NONE):
             ends = (row[f"to_none{end}"] for end in ("", "_low", "_high"))
-            says = f"tells when better than without memory, {WAYS[row['way']].says}"
+            says = f"tells when better {WHEN[row['measure']]} than without memory, {WAYS[row['way']].says}"
             found.append({"claim": says, **place, **verdict(*ends, 0.0)})
     for one in recall:
         if one["frames"] < LONG:

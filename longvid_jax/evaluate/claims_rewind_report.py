@@ -20,7 +20,7 @@ OPTIONS = ("spans", "needles")
 QUICK = {"seeds": 1, "examples": 16, "lengths": (1, 2), "spans": (2, 8), "needles": 3}
 RESULT, FIGURE = "claims.json", "claims.png"
 TABLES = {"claims.csv": "rows", "recall.csv": "recall", "spans.csv": "spans"}
-MEASURES = ("all", TIMELESS, *FAMILIES, "when IoU")
+MEASURES = ("all", TIMELESS, *FAMILIES, "when IoU", "when R1@0.5")
 
 
 def add_arguments(group) -> None:
@@ -100,7 +100,7 @@ def report(found: dict) -> str:
     for length in dict.fromkeys(row["length"] for row in rows):
         here = {(row["way"], row["measure"]): row for row in rows if row["length"] == length}
         names = [name for name in MEASURES[2:] if any(measure == name for _, measure in here)]
-        lines += ["", f"{length} x {setup['seconds']:g} seconds{'':>67}" + "".join(f"{name:>10}" for name in names)]
+        lines += ["", f"{length} x {setup['seconds']:g} seconds{'':>67}" + "".join(f"{name:>12}" for name in names)]
         for way, about in WAYS.items():
             row = here[way, "all"]
             what = about.says + ("" if row["weights"] == GIVEN else f", {row['weights']}")
@@ -109,7 +109,7 @@ def report(found: dict) -> str:
                 ends = (points(row[f"to_before{end}"]) for end in ("", "_low", "_high"))
                 cells = f"{cells}   " + "{} [{}, {}]".format(*ends)
             lines.append(
-                f"  {what:44}{cells:42}" + "".join(f"{100 * here[way, name]['value']:>10.1f}" for name in names)
+                f"  {what:44}{cells:42}" + "".join(f"{100 * here[way, name]['value']:>12.1f}" for name in names)
             )
     kept = method()
     if recall := [one for one in found["recall"] if one["needles"]]:

@@ -38,8 +38,8 @@ def compare(
 def measures(asked: Sequence[Asked], told: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """By name: which questions it is a measure of, and its value for each of them, 0 to 1.
 
-    "all" and each family: the exact answer. "all but when". "when IoU" and "caption events": as `longvid eval` has
-    them.
+    "all" and each family: the exact answer. "all but when". "when IoU", "when R1@0.5" and "caption events": as
+    `longvid eval` has them.
     """
     right = np.array([text == one.answer for one, text in zip(asked, told, strict=True)], float)
     family = np.array([one.question.family for one in asked])
@@ -47,6 +47,7 @@ def measures(asked: Sequence[Asked], told: Sequence[str]) -> dict[str, tuple[np.
     found = {name: (np.flatnonzero(here), right[here]) for name, here in groups.items() if here.any()}
     for name, (kind, score) in {
         "when IoU": ("when", lambda one, text: span_iou(text, one.question.span)),
+        "when R1@0.5": ("when", lambda one, text: float(span_iou(text, one.question.span) >= 0.5)),
         "caption events": ("caption", lambda one, text: event_score(text, one.answer)),
     }.items():
         here = np.flatnonzero(family == kind)

@@ -63,12 +63,17 @@ def test_differences_of_known_answers(model, own):
     assert sum(counted) == len(PLAN) == 2 * 4 * 24
     rows = {(row["way"], row["measure"]): row for row in found["rows"]}
     assert rows[NONE, "all"]["value"] == 0 and rows[MEMORY, "all"]["to_before"] == pytest.approx(0.5)
+    assert rows[REWIND, "when R1@0.5"]["value"] == 1 and rows[NONE, "when R1@0.5"]["value"] == 0
     assert rows[REWIND, "all"]["to_none"] == 1 and rows[BEST, "all"]["to_before"] == 0
     verdicts = {one["claim"]: one["verdict"] for one in found["claims"] if one["measure"] != compare.TIMELESS}
     assert [verdicts[claims_rewind.SAYS[way]] for way in (REWIND, BEST)] == ["holds", "is open"]
-    without = (claims_rewind.SAYS[MEMORY], "tells when better than without memory, memory and frame selection")
+    when = (
+        f"tells when better {how} than without memory, memory and frame selection"
+        for how in ("in mean IoU", "in R@1 at IoU 0.5")
+    )
+    without = (claims_rewind.SAYS[MEMORY], *when)
     # Weights that always had a memory say nothing of what one without could do.
-    assert [verdicts.get(claim) for claim in without] == (["holds"] * 2 if own else [None] * 2)
+    assert [verdicts.get(claim) for claim in without] == (["holds"] * 3 if own else [None] * 3)
     (recall,) = found["recall"]
     assert (recall["needles"], recall["wide"], recall["frames"]) == (48, 24, 24)
     assert recall["candidates"] == [1, 1, 1] and recall["wide_selected"] == [1, 1, 1] and recall["relevant"][0] == 0
