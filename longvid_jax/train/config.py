@@ -23,7 +23,7 @@ STAGE = {
     "epochs": 0,  # so often is each example of the sources seen
     "batch_size": 32,
     "task": "answers",  # of train.tasks
-    "sources": (),  # each {"kind": of train.tasks, "weight": 1.0, and that source's own arguments}
+    "sources": (),  # each {"kind": of train.sources, "weight": 1.0, and that source's own arguments}
     "frames": (),  # buckets: numbers of frames, ascending
     "text": (),  # buckets: tokens beside the video's, ascending
     "group": "",  # neighbours of one group are taken in turns, and not one after the other

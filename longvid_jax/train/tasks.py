@@ -1,7 +1,6 @@
-"""What a stage of a training does: a table from its name to its batches and its loss, and the sources of examples."""
+"""What a stage of a training does: a table from its name to its batches and its loss."""
 
 import dataclasses
-import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,24 +9,20 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from longvid_jax.data.batches import Batch, Batches, Shapes, mixed
+from longvid_jax.data.batches import Batch, Batches, Shapes
 from longvid_jax.data.contrast import ContrastBatches
-from longvid_jax.data.conversations import ConversationSource
-from longvid_jax.data.facts import FactBatches, FactSource
-from longvid_jax.data.grounding import GroundingSource
+from longvid_jax.data.facts import FactBatches
 from longvid_jax.data.instructed import InstructedBatches
-from longvid_jax.data.malmm import BreakfastSource, CaptionSource, CoinSource, LvuSource, QuestionSource
 from longvid_jax.data.naming import THINGS, WorldMoments
-from longvid_jax.data.telling import TellingBatches, TellingSource
-from longvid_jax.data.text import TextBatches, TextSource
+from longvid_jax.data.telling import TellingBatches
+from longvid_jax.data.text import TextBatches
 from longvid_jax.data.tokenizer import INSTRUCTION
-from longvid_jax.data.world import WorldSource
-from longvid_jax.errors import CheckpointError, DataError, OptionError
+from longvid_jax.errors import CheckpointError, OptionError
 from longvid_jax.memory.adacm2 import Policy
 from longvid_jax.models.instructblip import InstructBlipConfig
 from longvid_jax.models.rewind import RewindConfig
 from longvid_jax.models.towers import TowersConfig
-from longvid_jax.train import losses
+from longvid_jax.train import losses, sources
 from longvid_jax.train.config import plain, unknown
 from longvid_jax.train.instructed import instructed_tokens, telling
 from longvid_jax.train.models import Model
@@ -49,7 +44,7 @@ class Task:
 
 
 def _answer_batches(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
-    examples = _examples(stage, seed)
+    examples = sources.examples(stage, seed)
     share = {"process": process, "processes": processes}
     text = _buckets(stage, "text")
     if model.vision is None:
@@ -81,7 +76,7 @@ def _moments(stage, model: Model, *, seed: int, process: int = 0, processes: int
 def _moments_of(source: Mapping, batch_size: int, model: Model, seed: int, process: int, processes: int):
     share = {"seed": seed, "process": process, "processes": processes}
     make = partial(WorldMoments, batch_size, temporal=model.vision.temporal, **share)
-    return make(**_checked(source, {"moments": make}, "a stage with moments"))
+    return make(**sources.checked(source, {"moments": make}, "a stage with moments"))
 
 
 def _naming(model: Model) -> dict:
@@ -102,7 +97,7 @@ def _facts(stage, model: Model, *, seed: int, process: int = 0, processes: int =
     _check_towers(model)
     share = {"process": process, "processes": processes}
     return FactBatches(
-        _examples(stage, seed), model.tokenizer, model.video_token, _buckets(stage, "text"), stage.batch_size,
+        sources.examples(stage, seed), model.tokenizer, model.video_token, _buckets(stage, "text"), stage.batch_size,
         words=model.words, **share,
     )  # fmt: skip
 
@@ -127,7 +122,7 @@ def _instructed(stage, model: Model, *, seed: int, process: int = 0, processes: 
             f"the Q-Former reads questions, but the checkpoint has no {INSTRUCTION}/ with its tokenizer; put it there."
         )
     return kind(
-        _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
+        sources.examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
         frames=_buckets(stage, "frames"), text=_buckets(stage, "text"),
         queries=lambda frames: settings.num_queries,
         reads=settings.qformer.max_length, process=process, processes=processes,
@@ -210,7 +205,7 @@ def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int
     settings, looking = _rewind(model), Looking(**model.rewind)
     kind = TellingBatches if looking.frames == "oracle" else kind
     return kind(
-        _examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
+        sources.examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
         frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=partial(looking.vectors, settings),
         reads=settings.bert.max_length, process=process, processes=processes,
     )  # fmt: skip
@@ -237,7 +232,7 @@ def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: 
     if not settings.contrast_width:
         raise OptionError("the task 'contrast' needs a model with contrast_width; assemble one with --contrast-width.")
     return ContrastBatches(
-        _examples(stage, seed), model.words, stage.batch_size, frames=_buckets(stage, "frames"),
+        sources.examples(stage, seed), model.words, stage.batch_size, frames=_buckets(stage, "frames"),
         reads=settings.bert.max_length, process=process, processes=processes,
     )  # fmt: skip
 
@@ -277,6 +272,13 @@ def _tower_batches(stage, model: Model, *, seed: int, process: int = 0, processe
 
 def _tower_loss(model: Model, remat: str):
     return partial(losses.towers, **_naming(model), mask=model.words.mask_token_id, remat=remat)
+
+
+def _buckets(stage, name: str) -> Sequence[int]:
+    sizes = tuple(stage[name])
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
+        raise OptionError(f"{name} of a stage is {sizes}, but must be whole numbers in ascending order.")
+    return sizes
 
 
 TASKS = {
@@ -345,8 +347,8 @@ class Curriculum:
 
 def _steps(stage) -> int:
     """How many steps a stage's epochs are."""
-    sources = [{name: value for name, value in source.items() if name != "weight"} for source in plain(stage.sources)]
-    return max(1, stage.epochs * sum(len(_source(source)) for source in sources) // stage.batch_size)
+    each = [{name: value for name, value in source.items() if name != "weight"} for source in plain(stage.sources)]
+    return max(1, stage.epochs * sum(len(sources.source(one)) for one in each) // stage.batch_size)
 
 
 def _order(steps: Sequence[int], groups: Sequence[str]) -> np.ndarray:
@@ -361,72 +363,3 @@ def _order(steps: Sequence[int], groups: Sequence[str]) -> np.ndarray:
 def _seed(seed: int, n: int) -> int:
     """Another one for each stage, of 31 bits as Grain wants it."""
     return int(np.random.SeedSequence([seed, n]).generate_state(1)[0] >> 1)
-
-
-# --- sources ----------------------------------------------------------------------------------------------------------
-
-
-def _recorded(folder: str, split: str = "train", size: tuple[int, int] = (56, 56), fps: float = 2.0):
-    """A data set that data.world_dataset has built in `folder`."""
-    import tensorflow_datasets as tfds
-
-    from longvid_jax.data.world_dataset import RecordedWorld
-
-    try:
-        records = tfds.builder_from_directory(folder).as_data_source(split)
-    except Exception as error:  # of many kinds, by what is missing
-        raise DataError(f"{folder} has no split {split!r} that TensorFlow Datasets reads; give a built one.") from error
-    return RecordedWorld(records, size=size, fps=fps)
-
-
-SOURCES = {
-    "world": WorldSource,
-    "facts": FactSource,
-    "telling": TellingSource,
-    "recorded": _recorded,
-    "conversations": ConversationSource,
-    "text": TextSource,
-    "lvu": LvuSource,
-    "breakfast": BreakfastSource,
-    "coin": CoinSource,
-    "captions": CaptionSource,
-    "grounding": GroundingSource,
-    "questions": QuestionSource,
-}
-
-
-def _examples(stage, seed: int):
-    sources = [dict(source) for source in plain(stage.sources)]
-    if not sources:
-        raise OptionError("a stage or the evaluation has no sources; give at least one.")
-    weights = [source.pop("weight", 1.0) for source in sources]
-    return mixed([_source(source) for source in sources], weights, seed)
-
-
-def _source(values: Mapping):
-    """The source of a config's entry: {"kind": "world", "count": 1000, ...}."""
-    arguments = _checked(values, SOURCES, "the table of kinds of sources")
-    return SOURCES[values["kind"]](**arguments)
-
-
-def _checked(values: Mapping, kinds: Mapping[str, Callable], where: str) -> dict:
-    """The arguments in a config's entry for the source of its kind."""
-    values = dict(values)
-    kind = values.pop("kind", None)
-    if kind not in kinds:
-        raise unknown(kind, list(kinds), where)
-    parameters = inspect.signature(kinds[kind]).parameters
-    for name in values:
-        if name not in parameters:
-            raise unknown(name, list(parameters), f"a source of kind {kind!r}")
-    for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and values.get(name, "") == "":
-            raise OptionError(f"a source of kind {kind!r} needs {name}; give it in its stage.")
-    return values
-
-
-def _buckets(stage, name: str) -> Sequence[int]:
-    sizes = tuple(stage[name])
-    if not sizes or any(type(size) is not int or size < 1 for size in sizes) or list(sizes) != sorted(set(sizes)):
-        raise OptionError(f"{name} of a stage is {sizes}, but must be whole numbers in ascending order.")
-    return sizes

@@ -17,7 +17,7 @@ from longvid_jax.models.instructblip import InstructBlip, InstructBlipConfig
 from longvid_jax.models.paths import leaves
 from longvid_jax.train import config, optimizer
 from longvid_jax.train.parameters import decay_mask
-from longvid_jax.train.tasks import SOURCES
+from longvid_jax.train.sources import SOURCES
 from longvid_jax.video.synthetic import World, write_video
 from tests.train.runs import losses, run
 

@@ -25,7 +25,7 @@ from longvid_jax.train import config, models, tasks
 from longvid_jax.train.parameters import split
 from longvid_jax.train.rewound import Looking, contrast, noting, rewound_tokens
 from longvid_jax.train.siglip import siglip
-from longvid_jax.train.tasks import SOURCES
+from longvid_jax.train.sources import SOURCES
 from tests.systems.small_adacm2 import QUESTIONS, batch_of
 from tests.systems.small_rewind import CHOICES, make
 from tests.train.runs import losses, run
