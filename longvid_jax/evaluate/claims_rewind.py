@@ -82,11 +82,11 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
 
     models: by way those that were trained with it, and at "" the one that stands for the others.
     """
-    prints = {way: fingerprint(model.model) for way, model in models.items()}
-    prints = {way: prints.get(way, prints[""]) for way in WAYS} | {"": prints[""]}
+    of = {way: models.get(way, models[""]) for way in WAYS}
+    prints, given = {way: fingerprint(model.model) for way, model in of.items()}, fingerprint(models[""].model)
+    own = {way: {"weights": one} if one != given else {} for way, one in prints.items()}  # of the results' keys
     # Those that differ in the decoder alone have the same memory, which is then made once.
-    watching = {way: _watching(models.get(way, models[""])) for way in WAYS}
-    own = {way: {"weights": prints[way]} if prints[way] != prints[""] else {} for way in WAYS}  # of the results' keys
+    watching = {way: _watching(model) for way, model in of.items()}
     rows, recall = [], []
     for length in plan.lengths if "accuracy" in plan.parts else ():
         asked, videos, told, found = [], [], {way: [] for way in WAYS}, []
@@ -104,7 +104,7 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
             keys = {way: key | own[way] for way, key in keys.items()}
             missing = [way for way in WAYS if results.get(keys[way]) is None]
             for one in dict.fromkeys(watching[way] for way in missing):
-                those = {way: models.get(way, models[""]) for way in missing if watching[way] == one}
+                those = {way: of[way] for way in missing if watching[way] == one}
                 for way, answers in _answer(those, setup, worlds, here, done).items():
                     results.put(keys[way], answers)
             for way, key in keys.items():
@@ -122,7 +122,7 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
         recall.append({"length": length, "frames": frames, "weights": kind, **_recall(found)})
     spans = []
     if "spans" in plan.parts:
-        spans = _spans(models.get(REWIND, models[""]), own[REWIND], plan, results, progress)
+        spans = _spans(of[REWIND], own[REWIND], plan, results, progress)
     return {"rows": rows, "recall": recall, "spans": spans, "claims": _claims(rows, recall)}
 
 

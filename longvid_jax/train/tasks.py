@@ -193,7 +193,9 @@ def _looking(model: Model) -> dict:
 
 def _rewind(model: Model) -> RewindConfig:
     if not isinstance(model.settings, RewindConfig):
-        raise OptionError("the tasks 'contrast' and 'rewound' need a model of type rewind; change the stage.")
+        raise OptionError(
+            "the tasks 'contrast', 'rewound', 'detailed' and 'gaps' need a model of type rewind; change the stage."
+        )
     if model.words is None:
         raise CheckpointError(
             f"the BERT reads questions, but the checkpoint has no {INSTRUCTION}/ with its tokenizer; put it there."
@@ -215,6 +217,11 @@ def _rewound_tokens(model: Model, remat: str = "none"):
     return partial(rewound_tokens, **_looking(model), remat=remat)
 
 
+def _oracle_batches(stage, model: Model, **how):
+    _rewind(model)
+    return _told_batches(stage, model, **how)
+
+
 def _oracle_tokens(model: Model, remat: str = "none", **told):
     """The same with an oracle's frames and less of the memory, so that details are read where memory would do."""
     how = _looking(model)
@@ -224,7 +231,7 @@ def _oracle_tokens(model: Model, remat: str = "none", **told):
 
 def _detailed(**told) -> Task:
     tokens = partial(_oracle_tokens, **told)
-    return Task(_told_batches, partial(_questioned_loss, tokens), tokens)
+    return Task(_oracle_batches, partial(_questioned_loss, tokens), tokens)
 
 
 def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):

@@ -7,30 +7,16 @@ import pytest
 import longvid_jax as lv
 from longvid_jax import cli
 from longvid_jax.evaluate import assets
-from longvid_jax.train import config, models
-from longvid_jax.train.export import export
+from tests.systems.small_rewind import described, written
 
 QUESTIONS = ["When is the bird shown?", "Who comes to the table?"]
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-MODEL = {
-    "model_type": "rewind",
-    "vision_config": SIZES | {"image_size": 56, "patch_size": 14},
-    "bert_config": SIZES | {"max_position_embeddings": 64},
-    "text_config": SIZES | {"model_type": "llama", "rms_norm_eps": 1e-6},
-    "width": 64,
-    "perceiver_layers": 2,
-    "heads": 4,
-    "num_queries": 8,
-    "detail_tokens": 4,
-}
+MODEL = described(64, 128, 2, size=56, patch=14, words=64, queries=8)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_features_select_more_than_one_kind_of_scene(clips, tmp_path, seed):
     """Nothing is trained: what is seen, read and asked is as the networks begin."""
-    wanted = config.resolve({"model": MODEL, "seed": seed, "stages": ({"steps": 1},)})
-    model, module = models.build(wanted)
-    loaded = lv.load(export(module, model, wanted, tmp_path / "model"))
+    loaded = lv.load(written(tmp_path / "model", MODEL, seed=seed))
     film = lv.Video(clips / "haystack_10min.mp4", fps=1)
     segments = json.loads((clips / "haystack_10min.json").read_text())["segments"]
     for answer in loaded.ask(film, QUESTIONS, max_new_tokens=2):

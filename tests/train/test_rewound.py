@@ -395,6 +395,9 @@ def with_facts(build):
 
 
 def test_a_model_of_another_kind(tmp_path):
+    for name in ("contrast", "rewound", "detailed", "gaps"):
+        with pytest.raises(OptionError, match=f"'{name}'.* need a model of type rewind; change the stage"):
+            tasks.task(name).batches(None, SimpleNamespace(settings=None), seed=0)
     wanted = config.load("rewind:smoke_pretrain")
     wanted.model.contrast_width = 0
     with pytest.raises(OptionError, match="needs a model with contrast_width"):
