@@ -58,7 +58,26 @@ class Shapes:
         return -(-frames // self.temporal), size[0] // self.merged, size[1] // self.merged
 
 
-class Batches:
+class Shards:
+    """Batches of examples, of which each process reads its share of the rows. Raises OptionError and DataError."""
+
+    def __init__(self, examples: grain.MapDataset, batch_size: int, process: int, processes: int):
+        if batch_size % processes:
+            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
+        check_any(examples)
+        self.examples, self.batch_size = examples, batch_size
+        share = batch_size // processes
+        self.mine = range(process * share, (process + 1) * share)  # rows of a batch
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.batch_size
+
+    def of(self, b: int) -> list[Example]:
+        """The examples of all rows of batch b."""
+        return [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
+
+
+class Batches(Shards):
     """A grain source of batches without an end.
 
     examples: a MapDataset of examples (shuffled, repeated, mixed as `endless` does it). Which examples and which shape
@@ -76,27 +95,16 @@ class Batches:
         process: int = 0,
         processes: int = 1,
     ):
-        if batch_size % processes:
-            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
-        if not len(examples):
-            raise DataError("the data set is empty; give one with examples.")
-        self.examples, self.tokenizer, self.video_token, self.shapes = examples, tokenizer, video_token, shapes
-        self.batch_size = batch_size
-        self.process, self.processes = process, processes
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.batch_size
+        super().__init__(examples, batch_size, process, processes)
+        self.tokenizer, self.video_token, self.shapes = tokenizer, video_token, shapes
 
     def __getitem__(self, b: int) -> Batch:
-        rows = range(b * self.batch_size, (b + 1) * self.batch_size)
-        examples = [self.examples[row] for row in rows]
+        examples = self.of(b)
         turns = [tokenized(example, self.tokenizer, self.video_token) for example in examples]
         frames, text, size = self._shape(examples, turns)
         grid = self.shapes.grid(frames, size)
-        share = self.batch_size // self.processes
-        mine = range(self.process * share, (self.process + 1) * share)
-        packed, pixels, undecodable = [], np.zeros((share, frames, *size, 3), np.uint8), {}
-        for n, row in enumerate(mine):
+        packed, pixels, undecodable = [], np.zeros((len(self.mine), frames, *size, 3), np.uint8), {}
+        for n, row in enumerate(self.mine):
             arrays = pack(
                 turns[row],
                 grid,
@@ -126,6 +134,12 @@ class Batches:
         return bucket(self.shapes.frames, *most, "frames"), text, sizes.pop()
 
 
+def check_any(source) -> None:
+    """Raises DataError for a source without examples."""
+    if not len(source):
+        raise DataError("the data set is empty; give one with examples.")
+
+
 def endless(source, seed: int) -> grain.MapDataset:
     """The examples of a source (with __len__ and __getitem__), in another order in each epoch."""
     return grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(redrawn)
@@ -138,8 +152,7 @@ def mixed(sources: Sequence, weights: Sequence[float], seed: int) -> grain.MapDa
             f"weights are {list(weights)}, but must be a positive number for each of {len(sources)} sources."
         )
     for source in sources:
-        if not len(source):
-            raise DataError("the data set is empty; give one with examples.")
+        check_any(source)
     return grain.MapDataset.mix([endless(source, seed + n) for n, source in enumerate(sources)], list(weights))
 
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from longvid_jax.data.batches import Batch, bucket
+from longvid_jax.data.batches import Batch, Shards, bucket
 from longvid_jax.data.instructed import STEP, blank, shown
-from longvid_jax.errors import DataError, OptionError, VideoError
+from longvid_jax.errors import DataError, VideoError
 
 
-class ContrastBatches:
+class ContrastBatches(Shards):
     """A grain source of batches without an end. The first answer about a video is its caption.
 
     A batch has frames uint8 [B, T, H, W, 3] and shown bool [B, T]; captions int32 [B, S], in the tokens of `words`
@@ -31,27 +31,18 @@ class ContrastBatches:
         process: int = 0,
         processes: int = 1,
     ):
-        if batch_size % processes:
-            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
-        if not len(examples):
-            raise DataError("the data set is empty; give one with examples.")
-        self.examples, self.words, self.batch_size = examples, words, batch_size
-        self.frames, self.reads = frames, reads
-        self.process, self.processes = process, processes
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.batch_size
+        super().__init__(examples, batch_size, process, processes)
+        self.words, self.frames, self.reads = words, frames, reads
 
     def __getitem__(self, b: int) -> Batch:
-        examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
+        examples = self.of(b)
         frames = bucket(self.frames, *max((e.num_frames, e.id) for e in examples), "frames")
         if silent := [example.id for example in examples if not example.conversations]:
             raise DataError(f"{silent[0]} has no caption; give examples that have one.")
         told = [self.words(example.conversations[0][0][1])["input_ids"] for example in examples]
         length = min(self.reads, -(-max(map(len, told)) // STEP) * STEP)
-        share = self.batch_size // self.processes
         rows, undecodable = [], {}
-        for row in range(self.process * share, (self.process + 1) * share):
+        for row in self.mine:
             captions = np.full(length, -1, np.int32)
             captions[: len(told[row])] = told[row][:length]
             try:

@@ -9,10 +9,9 @@ from functools import partial
 
 import numpy as np
 
-from longvid_jax.data.batches import Batch, Example, bucket, tokenized
+from longvid_jax.data.batches import Batch, Example, Shards, bucket, tokenized
 from longvid_jax.data.packing import pack, packed_length, sizes
 from longvid_jax.data.world import WorldSource
-from longvid_jax.errors import OptionError
 from longvid_jax.video.synthetic import COLOURS, SHAPES, Event, World
 
 KINDS = ("visit", "change")
@@ -65,7 +64,7 @@ class FactSource(WorldSource):
         return dataclasses.replace(example, frames=read, num_frames=self.slots)
 
 
-class FactBatches:
+class FactBatches(Shards):
     """As data.batches.Batches, of FactSource: facts float32 [B, Q, FACT_WIDTH] stand before the conversations.
 
     words: a tokenizer of BERT's kind; then a batch has besides `words` int32 [B, asked, S], the first `asked` questions
@@ -86,31 +85,24 @@ class FactBatches:
         process: int = 0,
         processes: int = 1,
     ):
-        if batch_size % processes:
-            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
-        self.examples, self.tokenizer, self.video_token = examples, tokenizer, video_token
-        self.text, self.batch_size, self.words, self.asked, self.length = text, batch_size, words, asked, length
-        self.process, self.processes = process, processes
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.batch_size
+        super().__init__(examples, batch_size, process, processes)
+        self.tokenizer, self.video_token, self.text = tokenizer, video_token, text
+        self.words, self.asked, self.length = words, asked, length
 
     def __getitem__(self, b: int) -> Batch:
-        examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
+        examples = self.of(b)
         turns = [tokenized(example, self.tokenizer, self.video_token) for example in examples]
         slots = examples[0].num_frames
         longest = max((packed_length(one, slots), example.id) for one, example in zip(turns, examples, strict=True))
         length = bucket(self.text, *longest, "tokens")
-        share = self.batch_size // self.processes
-        mine = range(self.process * share, (self.process + 1) * share)
-        rows = [pack(turns[row], (slots, 1, 1), length, video_token=self.video_token) for row in mine]
+        rows = [pack(turns[row], (slots, 1, 1), length, video_token=self.video_token) for row in self.mine]
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         arrays["positions"] = arrays["positions"][..., :1]
-        arrays["facts"] = np.stack([examples[row].frames() for row in mine])
+        arrays["facts"] = np.stack([examples[row].frames() for row in self.mine])
         arrays["packed"] = sizes(turns, slots, length)
         if self.words is not None:
             words = self._words(examples, np.random.default_rng([b, 0, 3]))
-            arrays |= {name: array[mine.start : mine.stop] for name, array in words.items()}
+            arrays |= {name: array[self.mine.start : self.mine.stop] for name, array in words.items()}
         return Batch(b, arrays, tuple(examples), {})
 
     def _words(self, examples: Sequence[Example], rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from longvid_jax.data.batches import Batch, Example, bucket
+from longvid_jax.data.batches import Batch, Example, Shards, bucket
 from longvid_jax.data.packing import tokenize
-from longvid_jax.errors import DataError, LongvidError, OptionError, PromptError, VideoError
+from longvid_jax.errors import LongvidError, OptionError, PromptError, VideoError
 
 ASKED, STEP = 4, 24  # the number of questions, and of their tokens, is rounded up to a multiple: few are compiled
 
@@ -37,7 +37,7 @@ def conversation(
     return [*before, *[0] * count, *ids], places, [False] * (len(before) + count) + is_answer
 
 
-class InstructedBatches:
+class InstructedBatches(Shards):
     """A grain source of batches without an end, as data.batches.Batches. Of several turns the first alone is asked.
 
     A batch has frames uint8 [B, T, H, W, 3]; number int32 [B, T], of each frame, and shown bool [B, T]; words int32
@@ -64,20 +64,12 @@ class InstructedBatches:
         process: int = 0,
         processes: int = 1,
     ):
-        if batch_size % processes:
-            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
-        if not len(examples):
-            raise DataError("the data set is empty; give one with examples.")
-        self.examples, self.tokenizer, self.words, self.video_token = examples, tokenizer, words, video_token
-        self.batch_size, self.frames, self.text = batch_size, frames, text
-        self.queries, self.reads = queries, reads
-        self.process, self.processes = process, processes
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.batch_size
+        super().__init__(examples, batch_size, process, processes)
+        self.tokenizer, self.words, self.video_token = tokenizer, words, video_token
+        self.frames, self.text, self.queries, self.reads = frames, text, queries, reads
 
     def __getitem__(self, b: int) -> Batch:
-        examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
+        examples = self.of(b)
         if len(sizes := {example.size for example in examples}) > 1:
             raise OptionError(f"the videos of a batch have the sizes {sorted(sizes)}; give sources of one size.")
         frames = bucket(self.frames, *max((e.num_frames, e.id) for e in examples), "frames")
@@ -86,9 +78,8 @@ class InstructedBatches:
         length = bucket(self.text, *longest, "tokens")
         asked = -(-max(map(len, told)) // ASKED) * ASKED if max(map(len, told)) > 1 else 1
         reads = self._reads(examples)
-        share = self.batch_size // self.processes
         rows, undecodable = [], {}
-        for row in range(self.process * share, (self.process + 1) * share):
+        for row in self.mine:
             arrays = self._row(examples[row], told[row], asked, length, reads)
             try:
                 arrays |= shown(examples[row], frames)

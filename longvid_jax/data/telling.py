@@ -101,8 +101,7 @@ class TellingBatches(InstructedBatches):
     def __getitem__(self, b: int) -> Batch:
         batch = super().__getitem__(b)
         asked = batch.arrays["tokens"].shape[1]
-        share = self.batch_size // self.processes
-        mine = batch.examples[self.process * share : (self.process + 1) * share]
+        mine = [batch.examples[row] for row in self.mine]
         if any(example.told is None for example in mine):
             raise OptionError("the source does not know what answers its questions; give one of kind 'telling'.")
         each, frames = [example.told() for example in mine], batch.arrays["frames"].shape[1]

@@ -7,10 +7,10 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from longvid_jax.data.batches import Batch, Example, bucket, tokenized
+from longvid_jax.data.batches import Batch, Example, Shards, bucket, tokenized
 from longvid_jax.data.conversations import entries, turns_of
 from longvid_jax.data.packing import pack, packed_length
-from longvid_jax.errors import DataError, OptionError
+from longvid_jax.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TextSource:
         return Example(str(entry.get("id", where)), (turns,), 0, (0, 0), None)
 
 
-class TextBatches:
+class TextBatches(Shards):
     """As data.batches.Batches, without frames: arrays tokens, groups, targets, weights [B, N], positions [B, N, axes].
 
     text: the buckets of lengths, ascending.
@@ -53,24 +53,15 @@ class TextBatches:
         process: int = 0,
         processes: int = 1,
     ):
-        if batch_size % processes:
-            raise OptionError(f"batch_size is {batch_size}, but must be a multiple of the {processes} processes.")
-        self.examples, self.tokenizer, self.text, self.axes = examples, tokenizer, text, axes
-        self.batch_size, self.process, self.processes = batch_size, process, processes
-
-    def __len__(self) -> int:
-        return len(self.examples) // self.batch_size
+        super().__init__(examples, batch_size, process, processes)
+        self.tokenizer, self.text, self.axes = tokenizer, text, axes
 
     def __getitem__(self, b: int) -> Batch:
-        examples = [self.examples[row] for row in range(b * self.batch_size, (b + 1) * self.batch_size)]
+        examples = self.of(b)
         turns = [tokenized(example, self.tokenizer, None) for example in examples]
         longest = max((packed_length(one, 0), example.id) for one, example in zip(turns, examples, strict=True))
         length = bucket(self.text, *longest, "tokens of text")
-        share = self.batch_size // self.processes
-        rows = [
-            pack(one, (0, 0, 0), length, video_token=-1)
-            for one in turns[self.process * share : (self.process + 1) * share]
-        ]
+        rows = [pack(turns[row], (0, 0, 0), length, video_token=-1) for row in self.mine]
         arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "video_index"}
         arrays["positions"] = arrays["positions"][..., : self.axes]
         return Batch(b, arrays, tuple(examples), {})

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
 from longvid_jax.evaluate import claims, claims_adacm2_report, claims_options, claims_rewind_report, heatmap
 from longvid_jax.evaluate.compare import TIMELESS, points
-from longvid_jax.evaluate.results import Results, fingerprint
-from longvid_jax.evaluate.world import Setup, check_size
+from longvid_jax.evaluate.world import check_size
 from longvid_jax.terminal import progress
 
 SHIPPED = "qwen2vl_world"  # of the assets
@@ -66,7 +64,7 @@ def run(arguments: argparse.Namespace) -> dict:
         bar = bars.add_task("loading", total=None)
         model = load(path)
         check_size(model, plan.setup.size)
-        results = Results(arguments.out, {"weights": fingerprint(model.model), "setup": _setup(plan.setup)})
+        results, setup = claims_options.results(arguments, model, plan.setup)
         bars.update(bar, total=len(plan) + (len(needles) if needles else 0))
 
         def told(what: str, count: int) -> None:
@@ -76,7 +74,7 @@ def run(arguments: argparse.Namespace) -> dict:
             "benchmark": "claims",
             "system": arguments.system,
             "model": str(path),
-            "setup": _setup(plan.setup),
+            "setup": setup,
             "seeds": plan.seeds,
             **claims.run(model, plan, results, told),
             "needles": None if needles is None else heatmap.run(model, needles, results, told),
@@ -106,10 +104,6 @@ def _plans(arguments: argparse.Namespace) -> tuple[claims.Plan, heatmap.Plan | N
     plan = claims.Plan(setup, **given)
     lengths = {"lengths": heatmap.LENGTHS[:3]} if arguments.quick else {}
     return plan, heatmap.Plan(setup, **needles, **lengths) if arguments.heatmap else None
-
-
-def _setup(setup: Setup) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(setup)))
 
 
 def _shipped() -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import time
 from pathlib import Path
 
@@ -26,8 +25,6 @@ from longvid_jax.evaluate.claims_adacm2 import (
     verdicts,
 )
 from longvid_jax.evaluate.compare import TIMELESS, points
-from longvid_jax.evaluate.results import Results, fingerprint
-from longvid_jax.evaluate.world import check_size
 from longvid_jax.terminal import progress, say
 
 SHIPPED = "adacm2_world"  # of the assets
@@ -59,15 +56,10 @@ def run(arguments: argparse.Namespace) -> dict:
     path = arguments.model or assets.path(SHIPPED)
     with progress() as bars:
         from longvid_jax.evaluate import claims_adacm2_memory
-        from longvid_jax.systems.loading import load
 
         bar = bars.add_task("loading", total=None)
-        models = {way: load(where) for way, where in {"": path, **paths}.items()}
-        for way, model in models.items():
-            check(model, paths.get(way, path))
-            check_size(model, plan.setup.size)
-        setup = json.loads(json.dumps(dataclasses.asdict(plan.setup)))
-        results = Results(arguments.out, {"weights": fingerprint(models[""].model), "setup": setup})
+        models = claims_options.load(path, paths, check, plan.setup.size)
+        results, setup = claims_options.results(arguments, models[""], plan.setup)
         bars.update(bar, total=len(plan))
         if left := claims_adacm2.left(models, plan, results):
             say(f"about {_minutes(models[''], plan, left):.0f} minutes of questions to go")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate.world import Setup
+from longvid_jax.evaluate.results import Results, fingerprint
+from longvid_jax.evaluate.world import Setup, check_size
 
 
 def given(arguments: argparse.Namespace, names: Sequence[str], quick: Mapping) -> dict:
@@ -63,6 +65,28 @@ def own(texts: Sequence[str] | None, ways: Sequence[str]) -> dict[str, str]:
             raise OptionError(f"--own gives {way} twice; give each way one model.")
         found[way] = where
     return found
+
+
+def load(path, own: Mapping[str, str], check: Callable, size: tuple[int, int], **options) -> dict:
+    """The model that stands for the others at "", and by way those of --own; all of them are checked.
+
+    check: raises OptionError for a model, and its path, of which there is nothing to claim. size: of frames. options:
+    of `longvid_jax.load`.
+    """
+    from longvid_jax.systems import loading
+
+    found = {}
+    for way, where in {"": path, **own}.items():
+        found[way] = loading.load(where, **options)
+        check(found[way], where)
+        check_size(found[way], size)
+    return found
+
+
+def results(arguments: argparse.Namespace, model, setup: Setup) -> tuple[Results, dict]:
+    """What --out has of earlier runs with these weights, and the setup in plain values."""
+    plain = json.loads(json.dumps(dataclasses.asdict(setup)))
+    return Results(arguments.out, {"weights": fingerprint(model.model), "setup": plain}), plain
 
 
 def write(folder: Path, name: str, found: Mapping, tables: Mapping[str, Sequence[Mapping]]) -> None:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
 from longvid_jax.evaluate import assets, claims_options, claims_rewind
 from longvid_jax.evaluate.claims_rewind import FAMILIES, GIVEN, LONG, NONE, PARTS, WAYS, WIDE, Plan, check, method
 from longvid_jax.evaluate.compare import TIMELESS, points
-from longvid_jax.evaluate.results import Results, fingerprint
-from longvid_jax.evaluate.world import check_size
 from longvid_jax.terminal import progress
 
 SHIPPED = "rewind_world"  # of the assets
@@ -33,15 +29,9 @@ def run(arguments: argparse.Namespace) -> dict:
     plan, paths = _plan(arguments)
     path = arguments.model or assets.path(SHIPPED)
     with progress() as bars:
-        from longvid_jax.systems.loading import load
-
         bar = bars.add_task("loading", total=None)
-        models = {way: load(where, method=method()) for way, where in {"": path, **paths}.items()}
-        for way, model in models.items():
-            check(model, paths.get(way, path))
-            check_size(model, plan.setup.size)
-        setup = json.loads(json.dumps(dataclasses.asdict(plan.setup)))
-        results = Results(arguments.out, {"weights": fingerprint(models[""].model), "setup": setup})
+        models = claims_options.load(path, paths, check, plan.setup.size, method=method())
+        results, setup = claims_options.results(arguments, models[""], plan.setup)
         bars.update(bar, total=len(plan))
 
         def told(what: str, count: int) -> None:

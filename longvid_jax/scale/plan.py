@@ -86,18 +86,8 @@ def compile_retake(
             "read": steps.read_chunk.lower(
                 model, cache, features, peak, row, row, row, row, None, grid=grid, static=static
             ),
-            "write": steps.write_answer.lower(
-                model,
-                cache,
-                array((batch, text.vocab_size), jnp.float32),
-                row,
-                array((1,)),
-                _key(mesh),
-                None,
-                array((), jnp.float32),
-                static=static,
-                max_new_tokens=new_tokens,
-                keep_logits=False,
+            "write": _writing(
+                partial(steps.write_answer.lower, model, static=static), cache, mesh, batch, text.vocab_size, new_tokens
             ),
         }
         return {name: step.compile() for name, step in lowered.items()}
@@ -214,21 +204,18 @@ def _answering(decoder, mesh: Mesh, batch: int, prompt: int, vectors: int, new_t
     """Lowered: "read" a prompt of so many tokens, vectors for some of them, and "write" an answer."""
     array, config = partial(_array, mesh), decoder.config
     cache = _spread(mesh, jax.eval_shape(lambda: decoder.empty_cache(batch, prompt + new_tokens)))
-    row, ids = array((batch,)), array((batch, prompt))
+    ids = array((batch, prompt))
     read = text_steps.read_prompt.lower(decoder, cache, ids, ids, array((batch, vectors, config.width), dtype))
-    write = text_steps.write_answer.lower(
-        decoder,
-        cache,
-        array((batch, config.vocab_size), jnp.float32),
-        row,
-        array((1,)),
-        _key(mesh),
-        None,
-        array((), jnp.float32),
-        max_new_tokens=new_tokens,
-        keep_logits=False,
-    )
-    return {"read": read, "write": write}
+    lower = partial(text_steps.write_answer.lower, decoder)
+    return {"read": read, "write": _writing(lower, cache, mesh, batch, config.vocab_size, new_tokens)}
+
+
+def _writing(lower, cache, mesh: Mesh, batch: int, words: int, new_tokens: int):
+    """Lowered: greedy decoding of a batch's answers, of a vocabulary of so many words."""
+    array = partial(_array, mesh)
+    logits, temperature = array((batch, words), jnp.float32), array((), jnp.float32)
+    row, end = array((batch,)), array((1,))
+    return lower(cache, logits, row, end, _key(mesh), None, temperature, max_new_tokens=new_tokens, keep_logits=False)
 
 
 def abstract_parameters(network, config, mesh: Mesh, dtype):
