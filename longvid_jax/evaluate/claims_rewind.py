@@ -122,7 +122,7 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
         recall.append({"length": length, "frames": frames, "weights": kind, **_recall(found)})
     spans = []
     if "spans" in plan.parts:
-        spans = _spans(of[REWIND], own[REWIND], plan, results, progress)
+        spans = _spans(of[REWIND], watching[REWIND], plan, results, progress)
     return {"rows": rows, "recall": recall, "spans": spans, "claims": _claims(rows, recall)}
 
 
@@ -197,14 +197,14 @@ def _recall(found: Sequence[tuple]) -> dict:
     return kept
 
 
-def _spans(model: RewindModel, weights: dict, plan: Plan, results: Results, progress) -> list[dict]:
+def _spans(model: RewindModel, watching: str, plan: Plan, results: Results, progress) -> list[dict]:
     """How often a needle that so many sampled frames show is found in a long video, one frame a second.
 
-    weights: by which the results of a model of its own are known again.
+    watching: by which the results are known again; the decoder has no part in them.
     """
     rows, variant = [], _variant(model, WAYS[REWIND])
     for span in plan.spans:
-        key = {"benchmark": "claims rewind spans", "span": span, "needles": plan.needles} | weights
+        key = {"benchmark": "claims rewind spans", "span": span, "needles": plan.needles, "watching": watching}
         if (have := results.get(key)) is None:
             hits = []
             for n in range(plan.needles):

@@ -34,7 +34,7 @@ class Looking:
     To compare with: memory=False tells the decoder nothing of the memory. frames: "selected", or "uniform", spread over
     the video, or "oracle", over the frames that show what a question is about (of which data.telling knows).
 
-    gaps: nothing is told that was written of those frames either, so that details have to be looked at.
+    gaps: nothing is told that was written of the frames which show it, so that details have to be looked at.
     """
 
     clip_frames: int = 8
