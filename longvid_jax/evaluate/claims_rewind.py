@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import rewind_watch, world
+from longvid_jax.evaluate import claims_rewind_views, rewind_watch, world
 from longvid_jax.evaluate.compare import TIMELESS, compare, verdict
 from longvid_jax.evaluate.heatmap import questions
 from longvid_jax.evaluate.metrics import interval
@@ -26,7 +27,6 @@ from longvid_jax.video.synthetic import World
 LENGTHS = (1, 4, 16)  # times the seconds of the setup
 FAMILIES = ("needle", "order", "count", "when", "state", "presence")
 MANY = 64  # frames, without memory
-MAX_NEW_TOKENS = 24  # what is longer than all right answers is wrong
 GIVEN, OWN = "the same weights", "trained anew"
 LONG = 512  # frames from which recall is claimed
 WIDE = 6  # sampled frames that a needle spans, from which it is to be among the selected
@@ -51,14 +51,15 @@ WAYS = {
     BEST: Way("memory, 8 frames that show it", frames=ORACLE),
 }
 BESIDE = {MEMORY: NONE, REWIND: MEMORY, BEST: REWIND}  # the step before
-PARTS = ("accuracy", "spans")
+PARTS = ("accuracy", "spans", "views")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is measured: seeds 0 ... seeds - 1 of a setup at each length, each way; and needles of so many frames.
 
-    spans: sampled frames, one a second, that a needle is in sight, of `needles` videos of LONG frames each.
+    spans: sampled frames, one a second, that a needle is in sight, of `needles` videos of LONG frames each. views:
+    frames in detail that show what is asked.
     """
 
     setup: Setup
@@ -67,6 +68,7 @@ class Plan:
     parts: Sequence[str] = PARTS
     spans: Sequence[int] = (1, 2, 4, 8)
     needles: int = 200
+    views: Sequence[int] = (1, 2, 4, 8)
 
     def at(self, seed: int, length: int) -> Setup:
         return dataclasses.replace(self.setup, seed=seed, seconds=self.setup.seconds * length)
@@ -74,7 +76,9 @@ class Plan:
     def __len__(self) -> int:
         """Questions to answer or look for."""
         asked = self.seeds * len(self.lengths) * len(WAYS) * self.setup.examples if "accuracy" in self.parts else 0
-        return asked + (len(self.spans) * self.needles if "spans" in self.parts else 0)
+        found = len(self.spans) * self.needles if "spans" in self.parts else 0
+        looked = len(self.lengths) * (len(self.views) + 1) * self.setup.examples if "views" in self.parts else 0
+        return asked + found + looked
 
 
 def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progress: Callable[[str, int], None]) -> dict:
@@ -120,10 +124,15 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
         frames = len(setup.times(setup.world(0)))
         kind = OWN if REWIND in models else GIVEN
         recall.append({"length": length, "frames": frames, "weights": kind, **_recall(found)})
-    spans = []
+    spans, views = [], []
     if "spans" in plan.parts:
         spans = _spans(of[REWIND], watching[REWIND], plan, results, progress)
-    return {"rows": rows, "recall": recall, "spans": spans, "claims": _claims(rows, recall)}
+    if "views" in plan.parts:
+        views = claims_rewind_views.run(partial(_looking, of[REWIND]), plan, results, progress)
+    views = (
+        claims_rewind_views.run(partial(_looking, of[REWIND]), plan, results, progress) if "views" in plan.parts else []
+    )
+    return {"rows": rows, "recall": recall, "spans": spans, "views": views, "claims": _claims(rows, recall)}
 
 
 def _watching(model: RewindModel) -> str:
@@ -136,6 +145,11 @@ def _variant(model: RewindModel, way: Way) -> Variant:
     candidates = max(way.count, model.choices.num_candidates)
     method = dataclasses.replace(model.choices, num_selected=way.count, num_candidates=candidates)
     return Variant(model, method, memory=way.memory, frames=way.frames)
+
+
+def _looking(model: RewindModel, views: int | None) -> Variant:
+    """At so many frames in detail that show what is asked; for None at those selected."""
+    return _variant(model, WAYS[REWIND] if views is None else dataclasses.replace(WAYS[BEST], count=views))
 
 
 def _answer(
@@ -157,7 +171,7 @@ def _answer(
         needles = [asked[i].question.family == "needle" for i in here]
         for way, variant in variants.items():
             variant.seen = seen
-            for i, text in zip(here, rewind_watch.said(variant, memory, MAX_NEW_TOKENS), strict=False):
+            for i, text in zip(here, rewind_watch.said(variant, memory), strict=False):
                 found[way]["told"][i] = text
             if WAYS[way].frames == SELECTED and any(needles):
                 pairs = zip(needles, _hits(variant, memory), strict=False)

@@ -12,16 +12,19 @@ from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.terminal import progress
 
 SHIPPED = "rewind_world"  # of the assets
-OPTIONS = ("spans", "needles")
-QUICK = {"seeds": 1, "examples": 16, "lengths": (1, 2), "spans": (2, 8), "needles": 3}
+OPTIONS = ("spans", "needles", "views")
+QUICK = {"seeds": 1, "examples": 16, "lengths": (1, 2), "spans": (2, 8), "needles": 3, "views": (1, 8)}
 RESULT, FIGURE = "claims.json", "claims.png"
-TABLES = {"claims.csv": "rows", "recall.csv": "recall", "spans.csv": "spans"}
+TABLES = {"claims.csv": "rows", "recall.csv": "recall", "spans.csv": "spans", "views.csv": "views"}
 MEASURES = ("all", TIMELESS, *FAMILIES, "when IoU", "when R1@0.5")
 
 
 def add_arguments(group) -> None:
     """The options that only this system has."""
     group.add_argument("--spans", type=int, nargs="+", metavar="N", help="frames that show a needle (default: 1 2 4 8)")
+    group.add_argument(
+        "--views", type=int, nargs="+", metavar="N", help="frames in detail that show what is asked (default: 1 2 4 8)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> dict:
@@ -54,15 +57,15 @@ def run(arguments: argparse.Namespace) -> dict:
 
 def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     """What is asked for, and the models that were trained with a way."""
-    names = ("seeds", "examples", "lengths", "spans", "needles")
+    names = ("seeds", "examples", "lengths", "spans", "needles", "views")
     given = claims_options.given(arguments, names, QUICK)
-    claims_options.check_counts(given, ("seeds", "needles", "lengths", "spans"))
+    claims_options.check_counts(given, ("seeds", "needles", "lengths", "spans", "views"))
     if max(given.get("spans", (1,))) >= LONG:
         raise OptionError(f"--spans has {max(given['spans'])}, but videos have {LONG} frames.")
     given["parts"] = claims_options.parts(arguments.parts, PARTS)
     own = claims_options.own(arguments.own, WAYS)
     setup = claims_options.setup(arguments, given.pop("examples", None), FAMILIES)
-    for name in ("lengths", "spans"):
+    for name in ("lengths", "spans", "views"):
         given[name] = sorted(set(given.get(name, getattr(Plan, name))))
     return Plan(setup, **given), own
 
@@ -112,6 +115,12 @@ def report(found: dict) -> str:
     if found["spans"]:
         lines += ["", f"The same by sampled frames that show the needle, in {LONG} frames of one a second"]
         lines += [f"  {one['span']:>5} frames, {one['needles']} needles: {_found(one)}" for one in found["spans"]]
+    if found["views"]:
+        lines += ["", "Right answers in %, but to when, by frames in detail that show what is asked, alone (seed 0)"]
+        for one in found["views"]:
+            ends = "{:.1f} [{:.1f}, {:.1f}]".format(*(100 * one[name] for name in ("value", "low", "high")))
+            shown = f"{one['shows']:.1f} frames that show it, in {100 * one['covered']:.1f} % of questions any"
+            lines.append(f"  {one['length']} x, {one['views']:>8}: {ends}; {shown}")
     if found["claims"]:
         lines += ["", "What is claimed:"]
     for one in found["claims"]:

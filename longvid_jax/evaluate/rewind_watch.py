@@ -15,6 +15,7 @@ from longvid_jax.systems.rewind import ReWind, RewindModel
 from longvid_jax.video import Frames
 
 TOGETHER = 64  # questions, at most
+MAX_NEW_TOKENS = 24  # what is longer than all right answers is wrong
 SELECTED, UNIFORM, ORACLE, RELEVANT = "selected", "uniform", "oracle", "relevant"
 
 
@@ -106,7 +107,7 @@ def answers(
     return told
 
 
-def said(model: RewindModel, memory: RewindMemory, max_new_tokens: int) -> list[str]:
+def said(model: RewindModel, memory: RewindMemory, max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
     """An answer for each row of a memory."""
     text = model.answer(memory, max_new_tokens=max_new_tokens).text
     return [one.strip() for one in ([text] if isinstance(text, str) else text)]

@@ -22,6 +22,7 @@ from tests.systems.small_rewind import make
 SETUP = Setup(examples=24, seconds=12, families=claims_rewind.FAMILIES)
 PLAN = Plan(SETUP, seeds=2, lengths=(1,), parts=("accuracy",))
 SMALL = ["--size", 28, "--seconds", 4, "--seeds", 1, "--examples", 6, "--lengths", 1, "--spans", 2, "--needles", 2]
+SMALL += ["--views", 2]
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +102,23 @@ def test_what_counts_as_found(model, monkeypatch):
         assert hits == [int(shows[x].any()) for x in (trace.candidates[0], trace.selected[0], best)]
 
 
+def test_views_are_counted(model):
+    """Where more are asked for than there are, each of them is one."""
+    setup = dataclasses.replace(SETUP, size=(28, 28), examples=6, questions=3)
+    plan = Plan(setup, seeds=1, lengths=(1,), views=(1, 30), parts=("views",))
+    found = claims_rewind.run({"": model}, plan, Results(None, {}), lambda what, count: None)["views"]
+    rows = {row["views"]: row for row in found}
+    worlds, asked = world.ask(setup)
+    times = setup.times(worlds[0])
+    kept = [one for one in asked if one.question.family != "when"]
+    shown = [rewind_watch.shows(worlds[one.video], one.question, times) for one in kept]
+    shown = [one for one in shown if one.any()]
+    assert {row["questions"] for row in rows.values()} == {len(shown)}
+    assert rows["1"]["shows"] == 1 == rows["1"]["covered"] == rows["30"]["covered"]
+    assert rows["30"]["shows"] == pytest.approx(np.mean([one.sum() for one in shown]))
+    assert 0 < rows["selected"]["shows"] < 8
+
+
 def test_the_command(folder, tmp_path, capsys):
     words = ["bench", "claims", "--system", "rewind", "--model", folder, *SMALL, "--out", tmp_path / "out"]
     words = [str(word) for word in [*words, "--own", f"none={folder}"]]
@@ -108,7 +126,7 @@ def test_the_command(folder, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert {row["weights"] for row in found["rows"] if row["way"] == NONE} == {claims_rewind.OWN}
     assert {row["way"] for row in found["rows"]} == set(WAYS) and found["spans"][0]["needles"] == 2
-    for name in ("claims.csv", "recall.csv", "spans.csv"):
+    for name in ("claims.csv", "recall.csv", "spans.csv", "views.csv"):
         assert list(csv.DictReader((tmp_path / "out" / name).open()))
     assert Image.open(tmp_path / "out" / "claims.png").width > 500
     answers = (tmp_path / "out" / "answers.jsonl").read_text()
@@ -122,10 +140,11 @@ def test_the_command(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--parts", "memory"], "--parts has 'memory', but each must be one of accuracy, spans"),
+        (["--parts", "memory"], "--parts has 'memory', but each must be one of accuracy, spans, views"),
         (["--own", "none=x", "--own", "none=y"], "--own gives none twice"),
         (["--own", "some=x"], "--own is 'some=x', but must be WAY=PATH with a way of none, memory, rewind, oracle"),
         (["--spans", "512"], "--spans has 512, but videos have 512 frames"),
+        (["--views", "0"], "--views has 0, but each must be at least 1"),
         (["--needles", "0"], "--needles is 0, but must be at least 1"),
         (["--alpha", "0.1"], "--system rewind has no --alpha; leave it out"),
         (["--lengths", "0"], "--lengths has 0"),
