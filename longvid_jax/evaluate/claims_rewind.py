@@ -129,9 +129,6 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
         spans = _spans(of[REWIND], watching[REWIND], plan, results, progress)
     if "views" in plan.parts:
         views = claims_rewind_views.run(partial(_looking, of[REWIND]), plan, results, progress)
-    views = (
-        claims_rewind_views.run(partial(_looking, of[REWIND]), plan, results, progress) if "views" in plan.parts else []
-    )
     return {"rows": rows, "recall": recall, "spans": spans, "views": views, "claims": _claims(rows, recall)}
 
 

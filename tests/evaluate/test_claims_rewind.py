@@ -106,8 +106,10 @@ def test_views_are_counted(model):
     """Where more are asked for than there are, each of them is one."""
     setup = dataclasses.replace(SETUP, size=(28, 28), examples=6, questions=3)
     plan = Plan(setup, seeds=1, lengths=(1,), views=(1, 30), parts=("views",))
-    found = claims_rewind.run({"": model}, plan, Results(None, {}), lambda what, count: None)["views"]
+    counted = []
+    found = claims_rewind.run({"": model}, plan, Results(None, {}), lambda what, count: counted.append(count))["views"]
     rows = {row["views"]: row for row in found}
+    assert sum(counted) == len(plan) == 3 * 6
     worlds, asked = world.ask(setup)
     times = setup.times(worlds[0])
     kept = [one for one in asked if one.question.family != "when"]
