@@ -12,8 +12,9 @@ ReWind's stages (arXiv 2411.15556) on a checkpoint that `longvid assemble rewind
 Where the paper is silent, these have AdamW with weight decay 0.05 in pre-training and none later, a cosine to 0, clipping at 1,
 adapters on all of attention; grounding at the learning rate of instruct.
 
-tiny_pretrain, tiny_instruct, tiny_details, tiny_lengths, tiny_answers and tiny_grounding are such stages on the made-up
-world, on towers that `configs/world_towers.py:tiny` has made, one on top of the other:
+tiny_pretrain, tiny_instruct, tiny_details, tiny_lengths, tiny_gaps, tiny_glimpses, tiny_looking, tiny_answers and
+tiny_grounding are such stages on the made-up world, on towers that `configs/world_towers.py:tiny` has made, one on top of
+the other:
 
   longvid train --config configs/rewind.py:tiny_pretrain --workdir runs/1 --config.towers=runs/towers/model
   longvid train --config configs/rewind.py:tiny_instruct --workdir runs/2 --config.towers=runs/towers/model \
@@ -23,9 +24,10 @@ and so on. What the paper does not have, and what makes so small a model learn i
 tiny_instruct memory learns to note down what happens in the vectors that the towers were told it in, and a loss draws
 the question's attention to the frames that show what it is about; then answers are learned from memory and frames in
 detail. Details are hardly looked at where memory does: in tiny_details answers come from the frames alone that show what
-a question is about. tiny_lengths puts all of it together, on 16, 64 and 256 seconds in turns. tiny_answers leaves
-the memory as it is: the decoder learns to answer from it and from details, which it has to look at where what memory
-holds of the frames in question is left out.
+a question is about. tiny_lengths puts all of it together, on 16, 64 and 256 seconds in turns. From there on memory
+stays as it is, and the decoder learns to answer from it and from details, which it has to look at where what memory holds of the
+frames in question is left out (tiny_gaps). Selection brings one or two such frames among others, so these are learned
+from alone (tiny_glimpses), then with memory and its gaps (tiny_looking), and at last more often without gaps (tiny_answers).
 
 To compare with are tiny_none (no memory, 64 frames spread evenly), tiny_memory (8 frames spread evenly) and tiny_oracle
 (8 frames that show it), each in the place of tiny_answers, with nothing left out. tiny_write_N (1, 2, 4: tokens
@@ -70,7 +72,7 @@ TINY = {
     "heads": 5,
     "ff_width": 320,
     "num_queries": 8,
-    "detail_tokens": 4,
+    "detail_tokens": 16,  # all patches: one frame has to be enough
     "contrast_width": 64,
 }
 # tiny_write_4 and so on: what tokens written of a frame, queries, and frames a second bring.
@@ -78,6 +80,16 @@ SWEEPS = {
     **{f"write_{n}": ("slots", n) for n in (1, 2, 4)},
     **{f"queries_{n}": ("num_queries", n) for n in (16, 32, 64)},
     **{f"fps_{fps}": ("fps", float(fps)) for fps in ("0.5", "1", "2")},
+}
+# Seconds, videos a step, steps with all of the memory and with gaps, and where these look.
+MIXED = {
+    "gaps": (
+        (16.0, 4, 60, 60, "gaps_detailed"),
+        (64.0, 1, 100, 50, "gaps_detailed"),
+        (256.0, 1, 160, 50, "gaps_detailed"),
+    ),
+    "looking": ((16.0, 2, 60, 60, "gaps_glimpses"), (64.0, 1, 80, 80, "gaps"), (256.0, 1, 60, 30, "gaps")),
+    "answers": ((16.0, 1, 80, 0, ""), (64.0, 1, 80, 50, "gaps"), (256.0, 1, 60, 30, "gaps")),
 }
 COMPARED = {
     "none": {"memory": False, "frames": "uniform", "num_selected": 64},
@@ -182,36 +194,40 @@ def _tiny(config, which: str):
         return config
     if which == "details":
         config.optim.warmup = 20
-        config.stages = (_asked(batch_size=6, seconds=16.0, steps=300, task="detailed"),)
+        config.stages = (_asked(batch_size=6, seconds=16.0, steps=300, task="detailed", memory=False),)
         return config
-    if which in ("lengths", "answers", *COMPARED):
-        config.optim.lr, config.optim.warmup = 1e-3, 20
+    if which in ("lengths", "gaps", "glimpses", "looking", "answers", *COMPARED):
+        config.optim.lr, config.optim.warmup = 2e-3 if which == "glimpses" else 1e-3, 20
         config.save.keep_best = 0  # evaluation is of 16 seconds alone
     if which == "lengths":
         config.rewind.relevance = 0.1
         config.stages = (
             _asked(batch_size=4, seconds=16.0, steps=160, group="lengths"),
-            _asked(batch_size=4, seconds=16.0, steps=60, group="lengths", task="detailed"),
+            _asked(batch_size=4, seconds=16.0, steps=60, group="lengths", task="detailed", memory=False),
             _asked(batch_size=1, seconds=64.0, steps=110, group="lengths"),
             _asked(batch_size=1, seconds=64.0, steps=50, group="lengths", task="telling"),
             _asked(batch_size=1, seconds=256.0, steps=110, group="lengths", questions=2),
             _asked(batch_size=1, seconds=256.0, steps=50, group="lengths", questions=2, task="telling"),
         )
         return config
-    if which in ("answers", *COMPARED):
-        config.assets = "rewind_world" if which == "answers" else ""
+    # Details say neither when something is nor how often, so that it is not asked where memory has gaps.
+    seen = tuple(family for family in FAMILIES if family not in ("when", "count"))
+    if which in ("gaps", "glimpses", "looking", "answers", *COMPARED):
         config.trainable = (*TOLD, ADAPTERS)
-        # Details say neither when something is nor how often, so that it is not asked where memory has gaps.
-        seen = tuple(family for family in FAMILIES if family not in ("when", "count"))
-        gaps = {"task": "gaps" if which == "answers" else "rewound", "families": seen}
-        config.stages = (
-            _asked(batch_size=4, seconds=16.0, steps=60, group="answers"),
-            _asked(batch_size=4, seconds=16.0, steps=60, group="answers", **gaps),
-            _asked(batch_size=1, seconds=64.0, steps=100, group="answers"),
-            _asked(batch_size=1, seconds=64.0, steps=50, group="answers", **gaps),
-            _asked(batch_size=1, seconds=256.0, steps=160, group="answers", questions=4),
-            _asked(batch_size=1, seconds=256.0, steps=50, group="answers", questions=4, **gaps),
-        )
+    if which == "glimpses":
+        config.stages = (_asked(batch_size=3, seconds=16.0, steps=500, task="glimpses", memory=False, families=seen),)
+        return config
+    if which in ("gaps", "looking", "answers", *COMPARED):
+        config.assets = "rewind_world" if which == "answers" else ""
+        stages = []
+        for seconds, batch_size, whole, steps, task in MIXED.get(which, MIXED["answers"]):
+            like = {"batch_size": batch_size, "seconds": seconds, "group": "answers", "memory": which != "none"}
+            like |= {"questions": 4} if seconds == 256.0 else {}
+            stages.append(_asked(steps=whole, **like))
+            if steps:
+                task = "rewound" if which in COMPARED else task
+                stages.append(_asked(steps=steps, task=task, families=seen, **like))
+        config.stages = tuple(stages)
         return config
     if which != "grounding":
         raise _unknown(f"tiny_{which}")
@@ -233,6 +249,7 @@ def _asked(
     fps: float = 2.0,
     slots: int = 2,
     group: str = "",
+    memory: bool = True,
 ):
     """Questions about each world of so many seconds: a stage, or without steps an evaluation.
 
@@ -248,7 +265,9 @@ def _asked(
     source |= {"split": split, "fps": fps, "clip_frames": CLIP, "slots": slots}
     frames = int(fps * seconds)
     # The memory, a separator, details of 8 frames or of 64, and a question with its answer.
-    text = tuple(slots * -(-frames // CLIP) * CLIP + 1 + 4 * detailed + 36 for detailed in (8, 64))
+    text = tuple(
+        memory * slots * -(-frames // CLIP) * CLIP + 1 + TINY["detail_tokens"] * detailed + 36 for detailed in (8, 64)
+    )
     values = {"task": task, "batch_size": batch_size, "sources": (source,), "frames": (frames,), "text": text}
     return stage(steps=steps, group=group, **values) if steps else values
 
@@ -256,5 +275,7 @@ def _asked(
 def _unknown(variant: str) -> ValueError:
     stages = ("pretrain", "instruct", "grounding")
     known = ", ".join(f"{kind}{name}" for kind in ("", "tiny_", "smoke_") for name in stages)
-    known += ", " + ", ".join(f"tiny_{name}" for name in ("details", "lengths", "answers", *COMPARED, *SWEEPS))
+    known += ", " + ", ".join(
+        f"tiny_{name}" for name in ("details", "lengths", "gaps", "glimpses", "looking", "answers", *COMPARED, *SWEEPS)
+    )
     return ValueError(f"there is no variant {variant!r}, but {known}")

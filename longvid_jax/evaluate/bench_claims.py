@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-figure", action="store_true", help="tables only, which need no matplotlib")
     says = ", ".join(f"of {name} {' '.join(one.PARTS)}" for name, one in REPORTS.items())
     parser.add_argument("--parts", nargs="+", metavar="PART", help=f"{says} (default: all)")
-    says = "a model trained with this way; of adacm2 and rewind"
+    says = "a model trained with this way; of adacm2 and rewind (the shipped one has some with it)"
     parser.add_argument("--own", action="append", metavar="WAY=PATH", help=says)
     retake = parser.add_argument_group("retake")
     retake.add_argument("--ratios", type=float, nargs="+", metavar="F", help="(default: 0.5 0.25 0.1 0.05)")

@@ -27,6 +27,7 @@ from longvid_jax.video.synthetic import World
 LENGTHS = (1, 4, 16)  # times the seconds of the setup
 FAMILIES = ("needle", "order", "count", "when", "state", "presence")
 MANY = 64  # frames, without memory
+FEW = 16  # candidates: at four times the length as large a share of the frames as the paper's 64 of at least 512
 GIVEN, OWN = "the same weights", "trained anew"
 LONG = 512  # frames from which recall is claimed
 WIDE = 6  # sampled frames that a needle spans, from which it is to be among the selected
@@ -35,22 +36,29 @@ CANDIDATES, AMONG = 0.95, 0.90  # of needles: to be among the candidates, and am
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A way to look: with memory or not, and which frames in detail, how many."""
+    """A way to look: with memory or not, and which frames in detail, how many, of how many candidates (None: as given).
+
+    weights: the way with which a model was trained that this one shares; its own if empty.
+    """
 
     says: str
     memory: bool = True
     frames: str = SELECTED
     count: int = 8
+    candidates: int | None = None
+    weights: str = ""
 
 
-NONE, MEMORY, REWIND, BEST = "none", "memory", "rewind", "oracle"
+NONE, MEMORY, REWIND, FEWER, BEST = "none", "memory", "rewind", "fewer", "oracle"
 WAYS = {
     NONE: Way(f"no memory, {MANY} frames spread evenly", memory=False, frames=UNIFORM, count=MANY),
     MEMORY: Way("memory, 8 frames spread evenly", frames=UNIFORM),
     REWIND: Way("memory and frame selection"),
+    FEWER: Way(f"the same among {FEW} candidates", candidates=FEW, weights=REWIND),
     BEST: Way("memory, 8 frames that show it", frames=ORACLE),
 }
-BESIDE = {MEMORY: NONE, REWIND: MEMORY, BEST: REWIND}  # the step before
+BESIDE = {MEMORY: NONE, REWIND: MEMORY, FEWER: MEMORY, BEST: REWIND}  # the step before
+TRAINABLE = tuple(way for way, one in WAYS.items() if not one.weights)
 PARTS = ("accuracy", "spans", "views")
 
 
@@ -86,7 +94,8 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
 
     models: by way those that were trained with it, and at "" the one that stands for the others.
     """
-    of = {way: models.get(way, models[""]) for way in WAYS}
+    trained = {way: WAYS[way].weights or way for way in WAYS}
+    of = {way: models.get(trained[way], models[""]) for way in WAYS}
     prints, given = {way: fingerprint(model.model) for way, model in of.items()}, fingerprint(models[""].model)
     own = {way: {"weights": one} if one != given else {} for way, one in prints.items()}  # of the results' keys
     # Those that differ in the decoder alone have the same memory, which is then made once.
@@ -119,7 +128,7 @@ def run(models: Mapping[str, RewindModel], plan: Plan, results: Results, progres
                 found += [(f"{seed}/{video}", *rest) for video, *rest in have["recall"]] if way == REWIND else []
         for way in WAYS:
             others = {"before": told[BESIDE[way]] if way in BESIDE else None, "none": told[NONE]}
-            place = {"length": length, "way": way, "weights": OWN if way in models else GIVEN}
+            place = {"length": length, "way": way, "weights": OWN if trained[way] in models else GIVEN}
             rows += [place | row for row in compare(asked, videos, told[way], others)]
         frames = len(setup.times(setup.world(0)))
         kind = OWN if REWIND in models else GIVEN
@@ -139,7 +148,7 @@ def _watching(model: RewindModel) -> str:
 
 
 def _variant(model: RewindModel, way: Way) -> Variant:
-    candidates = max(way.count, model.choices.num_candidates)
+    candidates = max(way.count, way.candidates or model.choices.num_candidates)
     method = dataclasses.replace(model.choices, num_selected=way.count, num_candidates=candidates)
     return Variant(model, method, memory=way.memory, frames=way.frames)
 
@@ -261,6 +270,7 @@ def method() -> ReWind:
 SAYS = {
     MEMORY: "memory is better than 64 frames without",
     REWIND: "frame selection is better than frames spread evenly",
+    FEWER: f"frame selection among {FEW} candidates is better than frames spread evenly",
     BEST: "frames that show it are better than selected ones",
 }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from longvid_jax.evaluate.claims_figure import INK, style
-from longvid_jax.evaluate.claims_rewind import BEST, LONG, MEMORY, NONE, REWIND, WAYS, method
+from longvid_jax.evaluate.claims_rewind import BEST, FEWER, LONG, MEMORY, NONE, REWIND, WAYS, method
 
 STYLE = {  # colour, line, marker
     NONE: ("#33383d", ":", "s"),
     MEMORY: ("#2f6690", "-", "^"),
     REWIND: ("#c8442b", "-", "o"),
+    FEWER: ("#b5851d", "-.", "v"),
     BEST: ("#3a7d5c", "--", "D"),
 }
 FOUND = {

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from pathlib import Path
 
 from longvid_jax.errors import OptionError
-from longvid_jax.evaluate import assets, claims_options, claims_rewind
-from longvid_jax.evaluate.claims_rewind import FAMILIES, GIVEN, LONG, NONE, PARTS, WAYS, WIDE, Plan, check, method
+from longvid_jax.evaluate import assets, claims_options, claims_rewind, compared
+from longvid_jax.evaluate.claims_rewind import (
+    FAMILIES,
+    GIVEN,
+    LONG,
+    NONE,
+    PARTS,
+    REWIND,
+    TRAINABLE,
+    WAYS,
+    WIDE,
+    Plan,
+    check,
+    method,
+)
 from longvid_jax.evaluate.compare import TIMELESS, points
 from longvid_jax.terminal import progress
 
-SHIPPED = "rewind_world"  # of the assets
+SHIPPED, COMPARED = "rewind_world", "rewind_compared"  # of the assets: the model, and those that are trained to compare
 OPTIONS = ("spans", "needles", "views")
 QUICK = {"seeds": 1, "examples": 16, "lengths": (1, 2), "spans": (2, 8), "needles": 3, "views": (1, 8)}
 RESULT, FIGURE = "claims.json", "claims.png"
@@ -29,10 +43,13 @@ def add_arguments(group) -> None:
 
 def run(arguments: argparse.Namespace) -> dict:
     """Measures; returns plain values, ready for JSON. Raises OptionError for what cannot be run."""
-    plan, paths = _plan(arguments)
+    plan, own = _plan(arguments)
     path = arguments.model or assets.path(SHIPPED)
-    with progress() as bars:
+    beside = nullcontext({}) if arguments.model else compared.folders(path, assets.path(COMPARED))
+    with progress() as bars, beside as shipped:
         bar = bars.add_task("loading", total=None)
+        shipped = {way: shipped[way] for way in TRAINABLE if way in shipped}
+        paths = ({REWIND: path} | shipped if shipped else {}) | own
         models = claims_options.load(path, paths, check, plan.setup.size, method=method())
         results, setup = claims_options.results(arguments, models[""], plan.setup)
         bars.update(bar, total=len(plan))
@@ -44,7 +61,7 @@ def run(arguments: argparse.Namespace) -> dict:
             "benchmark": "claims",
             "system": "rewind",
             "model": str(path),
-            "own": {way: str(where) for way, where in paths.items()},
+            "own": {way: str(own.get(way, "comes with the package")) for way in paths},
             "setup": setup,
             "seeds": plan.seeds,
             **claims_rewind.run(models, plan, results, told),
@@ -63,7 +80,7 @@ def _plan(arguments: argparse.Namespace) -> tuple[Plan, dict[str, str]]:
     if max(given.get("spans", (1,))) >= LONG:
         raise OptionError(f"--spans has {max(given['spans'])}, but videos have {LONG} frames.")
     given["parts"] = claims_options.parts(arguments.parts, PARTS)
-    own = claims_options.own(arguments.own, WAYS)
+    own = claims_options.own(arguments.own, TRAINABLE)
     setup = claims_options.setup(arguments, given.pop("examples", None), FAMILIES)
     for name in ("lengths", "spans", "views"):
         given[name] = sorted(set(given.get(name, getattr(Plan, name))))
@@ -87,7 +104,8 @@ def report(found: dict) -> str:
     lines = [f"ReWind on {found['model']}: {found['seeds']} x {setup['examples']} questions, {setup['level']} worlds"]
     if rows:
         lines += [
-            "Right answers in % with their 95 % interval, and the difference in points to the way above; by family, %.",
+            "Right answers in % with their 95 % interval, and the difference in points to the step before (of both "
+            "kinds of selection that to frames spread evenly); by family, %.",
             *(f"{way}: {where}" for way, where in found["own"].items()),
         ]
     for length in dict.fromkeys(row["length"] for row in rows):

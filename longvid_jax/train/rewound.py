@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from longvid_jax.memory import rewind
-from longvid_jax.memory.frame_selection import spread_over
+from longvid_jax.memory.frame_selection import Chosen, spread, spread_over
 from longvid_jax.memory.rewind import TokenMemory
 from longvid_jax.models.layers import FeedForward
 from longvid_jax.models.perceiver import Instruction
 from longvid_jax.models.rewind import Rewind, RewindConfig
+from longvid_jax.ops.topk import compact
 from longvid_jax.train.losses import token_losses
 from longvid_jax.train.siglip import siglip
 from longvid_jax.train.telling import distance_to_facts
 from longvid_jax.video.preprocess import normalise
 
-FRAMES = ("selected", "uniform", "oracle")
+FRAMES = ("selected", "uniform", "oracle", "glimpses")
+GLIMPSES = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Looking:
     attention the frames draw that show what it is about.
 
     To compare with: memory=False tells the decoder nothing of the memory. frames: "selected", or "uniform", spread over
-    the video, or "oracle", over the frames that show what a question is about (of which data.telling knows).
+    the video, or "oracle", over the frames that show what a question is about (of which data.telling knows), or
+    "glimpses", of which as many show it as GLIMPSES has, in turns, and the others are spread over the rest.
 
     gaps: nothing is told that was written of the frames which show it, so that details have to be looked at.
     """
@@ -54,7 +57,7 @@ class Looking:
 
     def vectors(self, config: RewindConfig, frames: int) -> int:
         """How many stand before the words for a video of so many frames; see Rewind.told."""
-        written = self.room(frames) * config.perceiver.num_write
+        written = self.room(frames) * config.perceiver.num_write if self.memory else 0
         return written + 1 + self.num_selected * config.detail_tokens
 
 
@@ -70,12 +73,13 @@ def rewound_tokens(
         selected = _selected(model, *jax.lax.stop_gradient((memory, model.asked(instruction))), looking)[1].selected
     else:
         shown = jnp.repeat(batch["shown"], batch["tokens"].shape[1], axis=0)
-        seen = batch["seen"].reshape(shown.shape) if looking.frames == "oracle" else shown
-        selected = spread_over(seen, shown, looking.num_selected)
+        seen = shown if looking.frames == "uniform" else batch["seen"].reshape(shown.shape)
+        choose = _glimpses if looking.frames == "glimpses" else spread_over
+        selected = choose(seen, shown, looking.num_selected)
     details = jnp.take_along_axis(details, selected.indices[..., None, None], axis=1)
-    # What is not told is not made either: the compiler leaves out what nothing hangs on.
-    written = memory.tokens if looking.memory else jnp.zeros_like(memory.tokens)
-    told = memory.valid & looking.memory
+    written, told = memory.tokens, memory.valid
+    if not looking.memory:  # what is not told is not made either: the compiler leaves out what nothing hangs on
+        written, told = written[:, :0], told[:, :0]
     if looking.gaps:
         seen = batch["seen"].reshape(len(told), -1)
         told &= ~jnp.pad(seen, [(0, 0), (0, told.shape[1] - seen.shape[1])])
@@ -137,6 +141,27 @@ def _watched(
         unroll=looking.unroll,
     )
     return memory, instruction, details
+
+
+def _glimpses(seen: jax.Array, valid: jax.Array, num_select: int) -> Chosen:
+    """num_select of the valid entries [B, N], evenly; of them a row's number of GLIMPSES, or all, of those seen [B, N].
+
+    The number changes from row to row, and with what is seen first, so that no kind of question has always the same.
+    """
+    seen = seen & valid
+    each = [min(count, num_select) for count in GLIMPSES]
+    mixed = [_mask(spread(seen, n), seen) | _mask(spread(valid & ~seen, num_select - n), seen) for n in each]
+    rows = jnp.arange(len(seen))
+    turn = (rows + seen.shape[1] + seen.argmax(-1)) % len(each)
+    anywhere = _mask(spread(valid, num_select), seen)
+    mask = jnp.where(seen.any(-1, keepdims=True), jnp.stack(mixed)[turn, rows], anywhere)
+    return Chosen(compact(mask, num_select), jnp.arange(num_select) < mask.sum(-1, keepdims=True))
+
+
+def _mask(chosen: Chosen, like: jax.Array) -> jax.Array:
+    """Which entries, bool as `like` [B, N], were chosen."""
+    rows = jnp.arange(len(like))[:, None]
+    return jnp.zeros_like(like).at[rows, chosen.indices].max(chosen.valid)
 
 
 def _selected(model: Rewind, memory: TokenMemory, q: jax.Array, looking: Looking):

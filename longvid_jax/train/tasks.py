@@ -194,7 +194,8 @@ def _looking(model: Model) -> dict:
 def _rewind(model: Model) -> RewindConfig:
     if not isinstance(model.settings, RewindConfig):
         raise OptionError(
-            "the tasks 'contrast', 'rewound', 'detailed' and 'gaps' need a model of type rewind; change the stage."
+            "the tasks 'contrast', 'rewound', 'detailed', 'glimpses' and 'gaps' need a model of type rewind; "
+            "change the stage."
         )
     if model.words is None:
         raise CheckpointError(
@@ -203,9 +204,9 @@ def _rewind(model: Model) -> RewindConfig:
     return model.settings
 
 
-def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1, kind=InstructedBatches):
-    settings, looking = _rewind(model), Looking(**model.rewind)
-    kind = TellingBatches if looking.frames == "oracle" else kind
+def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1, kind=InstructedBatches, **told):
+    settings, looking = _rewind(model), dataclasses.replace(Looking(**model.rewind), **told)
+    kind = TellingBatches if looking.frames in ("oracle", "glimpses") else kind
     return kind(
         sources.examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
         frames=_buckets(stage, "frames"), text=_buckets(stage, "text"), queries=partial(looking.vectors, settings),
@@ -217,21 +218,19 @@ def _rewound_tokens(model: Model, remat: str = "none"):
     return partial(rewound_tokens, **_looking(model), remat=remat)
 
 
-def _oracle_batches(stage, model: Model, **how):
-    _rewind(model)
-    return _told_batches(stage, model, **how)
-
-
-def _oracle_tokens(model: Model, remat: str = "none", **told):
-    """The same with an oracle's frames and less of the memory, so that details are read where memory would do."""
-    how = _looking(model)
-    how["looking"] = dataclasses.replace(how["looking"], frames="oracle", **told)
-    return partial(rewound_tokens, **how, remat=remat)
-
-
 def _detailed(**told) -> Task:
-    tokens = partial(_oracle_tokens, **told)
-    return Task(_oracle_batches, partial(_questioned_loss, tokens), tokens)
+    """Answers from other frames and less of the memory, so that details are read where memory would do."""
+
+    def batches(stage, model: Model, **how):
+        _rewind(model)
+        return _told_batches(stage, model, **how, **told)
+
+    def tokens(model: Model, remat: str = "none"):
+        how = _looking(model)
+        how["looking"] = dataclasses.replace(how["looking"], **told)
+        return partial(rewound_tokens, **how, remat=remat)
+
+    return Task(batches, partial(_questioned_loss, tokens), tokens)
 
 
 def _contrasted(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1):
@@ -296,8 +295,11 @@ TASKS = {
     "instructed": Task(_instructed, partial(_questioned_loss, _instructed_tokens), _instructed_tokens),
     "contrast": Task(_contrasted, _contrast_loss, None),
     "rewound": Task(_rewound, partial(_questioned_loss, _rewound_tokens), _rewound_tokens),
-    "detailed": _detailed(memory=False),
+    "detailed": _detailed(memory=False, frames="oracle"),
+    "glimpses": _detailed(memory=False, frames="glimpses"),
     "gaps": _detailed(gaps=True),
+    "gaps_detailed": _detailed(gaps=True, frames="oracle"),
+    "gaps_glimpses": _detailed(gaps=True, frames="glimpses"),
     "telling": Task(_told_batches, _telling, None),
 }
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 import longvid_jax as lv
 from longvid_jax import cli
-from longvid_jax.evaluate import claims_rewind, claims_rewind_report, compare, rewind_watch, world
-from longvid_jax.evaluate.claims_rewind import BEST, MEMORY, NONE, REWIND, WAYS, Plan
+from longvid_jax.evaluate import assets, claims_rewind, claims_rewind_report, compare, rewind_watch, world
+from longvid_jax.evaluate.claims_rewind import BEST, FEWER, MEMORY, NONE, REWIND, TRAINABLE, WAYS, Plan
 from longvid_jax.evaluate.results import Results, fingerprint
 from longvid_jax.evaluate.rewind_watch import Variant
 from longvid_jax.evaluate.world import Setup
@@ -43,7 +43,7 @@ def model(folder):
 @pytest.mark.parametrize("own", [False, True])
 def test_differences_of_known_answers(model, own):
     """No memory loses all, memory every second, selection nothing, and the oracle as much as it."""
-    models = {"": model, **(dict.fromkeys(WAYS, model) if own else {})}
+    models = {"": model, **(dict.fromkeys(TRAINABLE, model) if own else {})}
     weights = {}
     if own:  # trained anew, to weights of its own
         models[NONE] = copy.copy(model)
@@ -61,13 +61,13 @@ def test_differences_of_known_answers(model, own):
             results.put(key, {"told": told, "recall": recall if way == REWIND else []})
     counted = []
     found = claims_rewind.run(models, PLAN, results, lambda what, count: counted.append(count))
-    assert sum(counted) == len(PLAN) == 2 * 4 * 24
+    assert sum(counted) == len(PLAN) == 2 * 5 * 24
     rows = {(row["way"], row["measure"]): row for row in found["rows"]}
     assert rows[NONE, "all"]["value"] == 0 and rows[MEMORY, "all"]["to_before"] == pytest.approx(0.5)
     assert rows[REWIND, "when R1@0.5"]["value"] == 1 and rows[NONE, "when R1@0.5"]["value"] == 0
     assert rows[REWIND, "all"]["to_none"] == 1 and rows[BEST, "all"]["to_before"] == 0
     verdicts = {one["claim"]: one["verdict"] for one in found["claims"] if one["measure"] != compare.TIMELESS}
-    assert [verdicts[claims_rewind.SAYS[way]] for way in (REWIND, BEST)] == ["holds", "is open"]
+    assert [verdicts[claims_rewind.SAYS[way]] for way in (REWIND, FEWER, BEST)] == ["holds", "holds", "is open"]
     when = (
         f"tells when better {how} than without memory, memory and frame selection"
         for how in ("in mean IoU", "in R@1 at IoU 0.5")
@@ -100,6 +100,14 @@ def test_what_counts_as_found(model, monkeypatch):
         best = np.argsort(-trace.relevance[0], kind="stable")[:2]
         assert video == one.video and span == shows.sum()
         assert hits == [int(shows[x].any()) for x in (trace.candidates[0], trace.selected[0], best)]
+
+
+def test_fewer_candidates(model):
+    """Those that are selected are the trace's of a model that takes so many; its weights are those of selection."""
+    few = claims_rewind._variant(model, dataclasses.replace(WAYS[FEWER], candidates=9))
+    assert (few.choices.num_candidates, few.choices.num_selected) == (9, 8)
+    assert claims_rewind._variant(model, WAYS[FEWER]).choices == lv.ReWind(num_candidates=16)
+    assert FEWER not in TRAINABLE and WAYS[FEWER].weights == REWIND
 
 
 def test_views_are_counted(model):
@@ -137,6 +145,20 @@ def test_the_command(folder, tmp_path, capsys):
     assert "memory and frame selection" in text and "sampled frames that show the needle" in text
     assert (tmp_path / "out" / "answers.jsonl").read_text() == answers  # nothing is computed twice
     assert text.strip() == claims_rewind_report.report(found)
+
+
+def test_what_comes_with_the_package(tmp_path, capsys):
+    """Without --model the shipped one stands beside those trained to compare with it, each with its own weights."""
+    words = ["--seeds", 1, "--examples", 2, "--lengths", 1, "--parts", "accuracy", "--json", "--out", tmp_path / "out"]
+    assert cli.main(["bench", "claims", "--system", "rewind", *map(str, words), "--no-figure"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    ways = {file.stem for file in assets.path("rewind_compared").glob("*.safetensors")} & set(TRAINABLE) | {REWIND}
+    assert MEMORY in ways and set(found["own"]) == ways
+    trained = {row["way"] for row in found["rows"] if row["weights"] == claims_rewind.OWN}
+    assert trained == ways | {FEWER}
+    lines = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
+    keys = {key["way"]: key.get("weights") for key in (json.loads(line)["key"] for line in lines)}
+    assert keys[REWIND] is keys[FEWER] is None and len({keys[way] for way in ways}) == len(ways)
 
 
 @pytest.mark.parametrize(

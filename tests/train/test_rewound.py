@@ -23,7 +23,7 @@ from longvid_jax.scale.mesh import make_mesh
 from longvid_jax.systems.query_prompts import padded
 from longvid_jax.train import config, models, tasks
 from longvid_jax.train.parameters import split
-from longvid_jax.train.rewound import Looking, contrast, noting, rewound_tokens
+from longvid_jax.train.rewound import GLIMPSES, Looking, _glimpses, contrast, noting, rewound_tokens
 from longvid_jax.train.siglip import siglip
 from longvid_jax.train.sources import SOURCES
 from tests.systems.small_adacm2 import QUESTIONS, batch_of
@@ -40,9 +40,9 @@ def model(tmp_path_factory):
     return lv.load(make(tmp_path_factory.mktemp("rewind")), method=lv.ReWind(**CHOICES))
 
 
-def questions_about(model, pixels) -> dict[str, np.ndarray]:
+def questions_about(model, pixels, looking=LOOKING) -> dict[str, np.ndarray]:
     """Two questions about each of two videos, whose answers are three tokens."""
-    count = LOOKING.vectors(model.model.config, FRAMES)
+    count = looking.vectors(model.model.config, FRAMES)
     words, rows = np.full((2, 2, 24), -1, np.int32), {}
     tokens, places = (np.full((2, 2, count + 48), -1, np.int32) for _ in range(2))
     weights = np.zeros(tokens.shape, np.float32)
@@ -106,14 +106,15 @@ class WithGaps(Variant):
 def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory, gaps):
     """Of the first token of each answer, from the logits that answer() decodes from: whole and ragged."""
     assert (model.settings.mean, model.settings.std) == (MEAN, STD)
-    batch = questions_about(model, pixels)
+    looking = dataclasses.replace(LOOKING, memory=memory, frames=frames, gaps=gaps)
+    batch = questions_about(model, pixels, looking)
     batch["seen"] = np.random.default_rng(1).random((2, 2, FRAMES)) < 0.4
     batch["seen"][1, 0] = False
     kind = WithGaps if gaps else Variant
     asked = (
         kind(model, model.choices, memory=memory, frames=frames) if (frames, memory) != ("selected", True) else model
     )
-    each, _ = tokens_of(model.model, batch, dataclasses.replace(LOOKING, memory=memory, frames=frames, gaps=gaps))
+    each, _ = tokens_of(model.model, batch, looking)
     each = np.asarray(each).reshape(batch["tokens"].shape)
     for v, a in np.ndindex(2, 2):
         watched = asked.begin(QUESTIONS[v + a])
@@ -127,23 +128,54 @@ def test_answers_are_as_likely_as_the_system_says(model, pixels, frames, memory,
         np.testing.assert_allclose(each[v, a, first], expected, atol=5e-3)
 
 
-@pytest.mark.parametrize(("name", "told"), [("detailed", {"memory": False}), ("gaps", {"gaps": True})])
-def test_what_teaches_to_look_at_details(model, pixels, name, told):
-    """An oracle's frames, while memory is neither told nor trained, or has gaps where it would tell the answer."""
-    batch = questions_about(model, pixels)
+LEARNED = {
+    "detailed": {"memory": False, "frames": "oracle"},
+    "glimpses": {"memory": False, "frames": "glimpses"},
+    "gaps": {"gaps": True},
+    "gaps_detailed": {"gaps": True, "frames": "oracle"},
+    "gaps_glimpses": {"gaps": True, "frames": "glimpses"},
+}
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_what_teaches_to_look_at_details(model, pixels, name):
+    """Other frames, while memory is neither told nor trained, or has gaps where it would tell the answer."""
+    told = LEARNED[name]
+    looking = dataclasses.replace(LOOKING, **told)
+    batch = questions_about(model, pixels, looking)
     batch["seen"] = np.random.default_rng(1).random((2, 2, FRAMES)) < 0.4
     about = SimpleNamespace(rewind=dataclasses.asdict(LOOKING), mean=MEAN, std=STD)
     tokens = tasks.task(name).tokens(about)
     each, right = tokens(model.model, batch)
-    expected = tokens_of(model.model, batch, dataclasses.replace(LOOKING, frames="oracle", **told))
+    expected = tokens_of(model.model, batch, looking)
     np.testing.assert_allclose(each, expected[0], atol=1e-5)
     np.testing.assert_array_equal(right, expected[1])
-    assert np.abs(np.asarray(each - tokens_of(model.model, batch)[0])).max() > 1e-3
+    if looking.memory:
+        assert np.abs(np.asarray(each - tokens_of(model.model, batch)[0])).max() > 1e-3
     grads = jax.grad(lambda module: tokens(module, batch)[0].sum())(model.model)
     moved = {leaf.path for leaf in leaves(grads) if np.abs(np.asarray(leaf.value)).max() > 0}
     assert "detail_projection/kernel" in moved
     memory = {path for path in moved if path.startswith(("perceiver/", "memory/", "memory_projection/kernel"))}
     assert bool(memory) == told.get("memory", True)
+
+
+def test_glimpses():
+    """So many of the frames that show it as GLIMPSES has in turns, or all; the rest among the others, 8 in all."""
+    valid = np.arange(30) < np.array([30] * 6 + [20, 5])[:, None]
+    seen = np.zeros(valid.shape, bool)
+    seen[:4, 10:22] = True
+    seen[4, 3] = True
+    seen[6:, :3] = True
+    chosen = _glimpses(jnp.asarray(seen), jnp.asarray(valid), 8)
+    counts = []
+    for row, (indices, real) in enumerate(zip(*map(np.asarray, chosen), strict=True)):
+        frames = indices[real]
+        assert (np.diff(frames) > 0).all() and valid[row, frames].all()
+        counts.append(int(seen[row, frames].sum()))
+        turn = GLIMPSES[(row + 30 + int(seen[row].argmax())) % 4] if seen[row].any() else 0
+        assert counts[-1] == min(turn, seen[row].sum())
+        assert len(frames) == min(8 - turn, (valid[row] & ~seen[row]).sum()) + counts[-1]
+    assert sorted(counts[:4]) == [1, 2, 4, 8]
 
 
 def test_all_that_is_trained_has_a_gradient(model, pixels):
@@ -344,9 +376,16 @@ def test_what_is_compared_is_trained_alike():
             "oracle": (True, "oracle", 8),
         }[name]
         assert loaded.trainable == ("memory_projection/.*", "detail_projection/.*", "separator", ".*/lora_[ab]")
-    assert stages["none"] == stages["memory"] == stages["oracle"]
+    rooms = [one.pop("text") for one in stages["none"]]  # without memory none is needed for it
+    assert stages["memory"] == stages["oracle"]
+    assert tuple(stages["none"]) == tuple({k: v for k, v in one.items() if k != "text"} for one in stages["memory"])
+    assert all(room < other["text"] for room, other in zip(rooms, stages["memory"], strict=True))
     assert {one["task"] for one in stages["answers"]} == {"rewound", "gaps"}
-    assert tuple(one | {"task": "rewound"} for one in stages["answers"]) == tuple(stages["none"])
+    for name, teaches in (("gaps", "gaps_detailed"), ("glimpses", "glimpses"), ("looking", "gaps_glimpses")):
+        loaded = config.load(f"rewind:tiny_{name}", ["--config.checkpoint=x"])
+        assert teaches in {one["task"] for one in config.plain(loaded.stages)}
+        assert loaded.trainable == ("memory_projection/.*", "detail_projection/.*", "separator", ".*/lora_[ab]")
+    assert tuple(one | {"task": "rewound"} for one in stages["answers"]) == tuple(stages["memory"])
     for name in ("write_1", "write_2", "write_4", "queries_16", "queries_64", "fps_0.5", "fps_2"):
         assert config.load(f"rewind:tiny_{name}", ["--config.towers=x"]).stages[0].task == "telling"
 
@@ -395,8 +434,8 @@ def with_facts(build):
 
 
 def test_a_model_of_another_kind(tmp_path):
-    for name in ("contrast", "rewound", "detailed", "gaps"):
-        with pytest.raises(OptionError, match=f"'{name}'.* need a model of type rewind; change the stage"):
+    for name in ("contrast", "rewound", *LEARNED):
+        with pytest.raises(OptionError, match="the tasks 'contrast', .* need a model of type rewind; change the stage"):
             tasks.task(name).batches(None, SimpleNamespace(settings=None), seed=0)
     wanted = config.load("rewind:smoke_pretrain")
     wanted.model.contrast_width = 0
