@@ -186,9 +186,9 @@ def _instructblip(model: Model):
     return model.settings
 
 
-def _looking(model: Model) -> dict:
-    """How ReWind looks, as train.rewound takes it."""
-    return {"looking": Looking(**model.rewind), "mean": model.mean, "std": model.std}
+def _looking(model: Model, **told) -> dict:
+    """How ReWind looks, as train.rewound takes it; told: fields of Looking that a task has otherwise."""
+    return {"looking": Looking(**{**model.rewind, **told}), "mean": model.mean, "std": model.std}
 
 
 def _rewind(model: Model) -> RewindConfig:
@@ -205,7 +205,7 @@ def _rewind(model: Model) -> RewindConfig:
 
 
 def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int = 1, kind=InstructedBatches, **told):
-    settings, looking = _rewind(model), dataclasses.replace(Looking(**model.rewind), **told)
+    settings, looking = _rewind(model), _looking(model, **told)["looking"]
     kind = TellingBatches if looking.frames in ("oracle", "glimpses") else kind
     return kind(
         sources.examples(stage, seed), model.tokenizer, model.words, model.video_token, stage.batch_size,
@@ -214,8 +214,8 @@ def _rewound(stage, model: Model, *, seed: int, process: int = 0, processes: int
     )  # fmt: skip
 
 
-def _rewound_tokens(model: Model, remat: str = "none"):
-    return partial(rewound_tokens, **_looking(model), remat=remat)
+def _rewound_tokens(model: Model, remat: str = "none", **told):
+    return partial(rewound_tokens, **_looking(model, **told), remat=remat)
 
 
 def _detailed(**told) -> Task:
@@ -225,11 +225,7 @@ def _detailed(**told) -> Task:
         _rewind(model)
         return _told_batches(stage, model, **how, **told)
 
-    def tokens(model: Model, remat: str = "none"):
-        how = _looking(model)
-        how["looking"] = dataclasses.replace(how["looking"], **told)
-        return partial(rewound_tokens, **how, remat=remat)
-
+    tokens = partial(_rewound_tokens, **told)
     return Task(batches, partial(_questioned_loss, tokens), tokens)
 
 
