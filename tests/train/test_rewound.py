@@ -146,13 +146,18 @@ def test_what_teaches_to_look_at_details(model, pixels, name):
     batch["seen"] = np.random.default_rng(1).random((2, 2, FRAMES)) < 0.4
     about = SimpleNamespace(rewind=dataclasses.asdict(LOOKING), mean=MEAN, std=STD)
     tokens = tasks.task(name).tokens(about)
-    each, right = tokens(model.model, batch)
+
+    @partial(jax.grad, has_aux=True)
+    def grads_of(module):
+        each, right = tokens(module, batch)
+        return each.sum(), (each, right)
+
+    grads, (each, right) = jax.jit(grads_of)(model.model)
     expected = tokens_of(model.model, batch, looking)
     np.testing.assert_allclose(each, expected[0], atol=1e-5)
     np.testing.assert_array_equal(right, expected[1])
     if looking.memory:
         assert np.abs(np.asarray(each - tokens_of(model.model, batch)[0])).max() > 1e-3
-    grads = jax.grad(lambda module: tokens(module, batch)[0].sum())(model.model)
     moved = {leaf.path for leaf in leaves(grads) if np.abs(np.asarray(leaf.value)).max() > 0}
     assert "detail_projection/kernel" in moved
     memory = {path for path in moved if path.startswith(("perceiver/", "memory/", "memory_projection/kernel"))}
