@@ -21,7 +21,7 @@ from longvid_jax.systems.base import MAX_NEW_TOKENS
 from longvid_jax.systems.prompted import PromptedModel
 from longvid_jax.systems.query_prompts import QueryPrompts
 from longvid_jax.systems.results import AdaCM2Trace, Answer, Output
-from longvid_jax.video import Video, preprocess
+from longvid_jax.video import preprocess
 
 WINDOW = 16  # frames that a step takes in
 
@@ -111,25 +111,8 @@ class AdaCM2Model(PromptedModel):
         """A memory depends on its question, unless the Q-Former takes no instructions, as BLIP-2's."""
         return self.model.config.qformer.words
 
-    @property
-    def asks_together(self) -> bool:
-        """Several questions about one video are rows that watch the same frames."""
-        return True
-
-    def begin(
-        self,
-        instruction: str | Sequence[str],
-        *,
-        video: Video | Sequence[Video] | None = None,
-        expected_frames: int | Sequence[int] | None = None,
-        frame_size: tuple[int, int] | None = None,
-    ) -> AdaCM2Memory:
-        """An empty memory for watching with this question in mind; lists make a batch.
-
-        Several questions about one video are rows that may watch the same frames (a Frames of one row). The length of
-        the video is not needed.
-        """
-        return self._begin(*self._prompts.asking(self._questions(instruction, video)))
+    def _about(self, questions: list[str]) -> AdaCM2Memory:
+        return self._begin(*self._prompts.asking(questions))
 
     def _begin(self, instruction: np.ndarray | None, ids: np.ndarray, places: np.ndarray) -> AdaCM2Memory:
         batch = len(ids)

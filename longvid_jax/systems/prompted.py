@@ -1,5 +1,6 @@
 """Models whose decoder reads a prompt in which vectors stand for the video, and then writes or searches an answer."""
 
+import abc
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,13 +11,41 @@ import numpy as np
 from longvid_jax.errors import OptionError, PromptError, VideoWarning
 from longvid_jax.generate import Beams, Generated
 from longvid_jax.systems import text_steps
-from longvid_jax.systems.base import MAX_NEW_TOKENS, VideoModel, as_list
+from longvid_jax.systems.base import MAX_NEW_TOKENS, Memory, VideoModel, as_list
 from longvid_jax.systems.results import Output
 from longvid_jax.video import Video
 
 
 class PromptedModel(VideoModel):
     """What such systems have in common: `model.text` is the decoder, and `model.config.vision` an EVA tower's."""
+
+    @property
+    def asks_together(self) -> bool:
+        """Several questions about one video are rows that watch the same frames."""
+        return True
+
+    def begin(
+        self,
+        instruction: str | Sequence[str],
+        *,
+        video: Video | Sequence[Video] | None = None,
+        expected_frames: int | Sequence[int] | None = None,
+        frame_size: tuple[int, int] | None = None,
+    ) -> Memory:
+        """An empty memory for watching with this question in mind; lists make a batch.
+
+        Several questions about one video are rows that may watch the same frames (a Frames of one row). The length of
+        the video is not needed.
+        """
+        questions = as_list(instruction, str)
+        count = 1 if video is None else len(as_list(video, Video))
+        if count not in (1, len(questions)):
+            raise OptionError(f"{len(questions)} questions for {count} videos: give one question a video.")
+        return self._about(questions)
+
+    @abc.abstractmethod
+    def _about(self, questions: list[str]) -> Memory:
+        """An empty memory with a row a question."""
 
     def _write(
         self,
@@ -109,14 +138,6 @@ class PromptedModel(VideoModel):
             scale = video.long_side / max(probe.height, probe.width)
             return tuple(max(1, round(side * scale / patch)) * patch for side in (probe.height, probe.width))
         return self.settings.size or (self.model.config.vision.image_size,) * 2
-
-    def _questions(self, instruction: str | Sequence[str], video: Video | Sequence[Video] | None) -> list[str]:
-        """What begin was given; several questions about one video are rows that watch the same frames."""
-        questions = as_list(instruction, str)
-        count = 1 if video is None else len(as_list(video, Video))
-        if count not in (1, len(questions)):
-            raise OptionError(f"{len(questions)} questions for {count} videos: give one question a video.")
-        return questions
 
     def _warn_of_grid(self, grid: Sequence[int], stacklevel: int) -> None:
         """Warns of frames of another size than the vision tower has positions for."""

@@ -87,25 +87,7 @@ class RewindModel(PromptedModel):
         """What is perceived depends on the question."""
         return True
 
-    @property
-    def asks_together(self) -> bool:
-        """Several questions about one video are rows that watch the same frames."""
-        return True
-
-    def begin(
-        self,
-        instruction: str | Sequence[str],
-        *,
-        video: Video | Sequence[Video] | None = None,
-        expected_frames: int | Sequence[int] | None = None,
-        frame_size: tuple[int, int] | None = None,
-    ) -> RewindMemory:
-        """An empty memory for watching with this question in mind; lists make a batch.
-
-        Several questions about one video are rows that may watch the same frames (a Frames of one row). The length of
-        the video is not needed.
-        """
-        questions = self._questions(instruction, video)
+    def _about(self, questions: list[str]) -> RewindMemory:
         return self._begin(self._told(questions), *self._prompts(questions))
 
     def _begin(self, instruction: np.ndarray, ids: np.ndarray, places: np.ndarray) -> RewindMemory:
