@@ -25,7 +25,7 @@ MEASURES = {"all": "right, all", "when IoU": "mean IoU of when"}
 def draw(found: dict, path: Path) -> Path:
     """A panel a measure, a line a way with its intervals; and one of recall by the frames that show a needle."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     measures = [name for name in MEASURES if any(row["measure"] == name for row in found["rows"])]
     count = len(measures) + bool(found["spans"])
@@ -41,7 +41,8 @@ def draw(found: dict, path: Path) -> Path:
         axes.set_xlabel(f"times {found['setup']['seconds']:g} seconds", fontsize=7.5, color=INK)
         if measure == "all":
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-        axes.legend(fontsize=5.5, frameon=False)
+    if measures:  # in the last of them, whose lines fall from the upper left
+        axes.legend(fontsize=5.5, frameon=False, loc="upper right")
     if found["spans"]:
         axes = panels[-1]
         spans = [one["span"] for one in found["spans"]]
@@ -50,6 +51,7 @@ def draw(found: dict, path: Path) -> Path:
         _ticks(axes, spans, "{}")
         axes.set_title("needles found", fontsize=7.5, color=INK)
         axes.set_xlabel(f"sampled frames that show it, of {LONG}", fontsize=7.5, color=INK)
+        axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.legend(fontsize=5.5, frameon=False)
     figure.savefig(path, dpi=200)

@@ -9,7 +9,7 @@ from longvid_jax.video.synthetic import FAMILIES
 
 CONFIGS = {"qwen2vl_world": "qwen2vl_world", "adacm2_world": "adacm2", "rewind_world": "rewind"}
 METHODS = {"adacm2_world": lv.AdaCM2(alpha=0.1, beta=0.9), "rewind_world": lv.ReWind()}
-GOALS = {  # what their cards say, or more
+GOALS = {  # near what their cards say
     "adacm2_world": {"needle": 0.92, "presence": 0.93, "order": 0.71, "count": 0.51, "when": 0.46, "state": 0.55},
     "rewind_world": {"needle": 0.85, "presence": 0.93, "order": 0.83, "count": 0.40, "when": 0.30, "state": 0.66},
 }
