@@ -18,6 +18,7 @@ os.environ.update(
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from tests.quickly import environment
@@ -54,6 +55,11 @@ def pytest_runtest_protocol(item: pytest.Item):
     """
     with jax.default_matmul_precision("default" if item.get_closest_marker("tpu_compile") else "highest"):
         return (yield)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
 
 
 @pytest.fixture(scope="module", autouse=True)

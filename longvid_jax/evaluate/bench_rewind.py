@@ -176,7 +176,7 @@ def watch(networks, features: jax.Array, words: jax.Array) -> rewind.TokenMemory
     """The memory after all clips, from an empty one."""
     perceiver, memory = networks
     config, (clips, _, frames) = perceiver.config, features.shape[:3]
-    empty = rewind.empty(1, clips * frames, config.num_write, config.width, features.dtype)
+    empty = rewind.empty(1, clips * frames, config.num_write, config.width, config.heads, features.dtype)
     given = rewind.Clips(features, jnp.ones(features.shape[:3], bool))
     return rewind.watch(empty, given, *cycle(perceiver, memory, instruction(perceiver, words)))
 
@@ -193,7 +193,7 @@ def _clip_by_clip(networks, features: jax.Array, words: jax.Array) -> Callable:
 
     room, each = clips * frames, list(features)  # cut beforehand, so that the program alone is timed
     told = _told(networks, words)
-    empty = rewind.empty(1, room, config.num_write, config.width, features.dtype)
+    empty = rewind.empty(1, room, config.num_write, config.width, config.heads, features.dtype)
 
     def all_clips():
         memory = jax.tree.map(jnp.array, empty)
@@ -215,7 +215,7 @@ def _stages(networks, features: jax.Array, words: jax.Array) -> dict[str, Callab
     config, (clips, _, frames) = networks[0].config, features.shape[:3]
     room = clips * frames * config.num_write
     told = _told(networks, words)
-    keys = jnp.ones((1, room, config.width), features.dtype)
+    keys = jnp.ones((1, config.heads, room, config.width // config.heads), features.dtype)
     queries = jnp.ones((1, config.num_queries + 1, config.width), features.dtype)
     perceived = jnp.ones((1, frames, config.num_queries + 1, config.width), features.dtype)
     numbers, valid = jnp.arange(frames)[None], jnp.ones((1, frames), bool)

@@ -67,7 +67,8 @@ def _at(
             ReadWrite(config, dtype=dtype, rngs=nnx.Rngs(0)),
         )
     )
-    memory = jax.eval_shape(lambda: rewind.empty(1, clips * clip_frames, config.num_write, config.width, dtype))
+    sizes = config.num_write, config.width, config.heads
+    memory = jax.eval_shape(lambda: rewind.empty(1, clips * clip_frames, *sizes, dtype))
     features = jax.ShapeDtypeStruct((1, clip_frames, patches, config.video_width), dtype)
     told = Instruction(
         jax.ShapeDtypeStruct((1, words, config.width), dtype),
@@ -81,7 +82,7 @@ def _at(
 
     def read(networks, memory, features, told):
         each = memory.tokens.shape[2]
-        keys, values = (x.reshape(1, -1, config.width) for x in (memory.keys, memory.values))
+        keys, values = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (memory.keys, memory.values))
         return cycle(*networks, told)[0](keys, values, jnp.repeat(memory.valid, each, axis=1))
 
     given = networks, memory, features, told

@@ -29,8 +29,8 @@ class TokenMemory:
     """What has been written, oldest first; the first `length` frames of R are real."""
 
     tokens: jax.Array  # [B, R, N, D]
-    keys: jax.Array  # [B, R, N, D] what READ projects the tokens to, once
-    values: jax.Array  # [B, R, N, D]
+    keys: jax.Array  # [B, H, R, N, D / H] what READ projects the tokens to, once, and how it looks at them
+    values: jax.Array  # [B, H, R, N, D / H]
     length: jax.Array  # int32 [B] frames, and so the number of the next one
 
     @property
@@ -43,20 +43,21 @@ class TokenMemory:
         return jnp.arange(self.capacity) < self.length[:, None]
 
 
-def empty(batch: int, capacity: int, tokens: int, width: int, dtype) -> TokenMemory:
+def empty(batch: int, capacity: int, tokens: int, width: int, heads: int, dtype) -> TokenMemory:
     """A memory in which nothing is written: room for `capacity` frames of N `tokens` of D `width`."""
 
-    def zeros():  # an array of its own each, so that all can be donated
-        return jnp.zeros((batch, capacity, tokens, width), dtype)
+    def by_head():  # an array of its own each, so that all can be donated
+        return jnp.zeros((batch, heads, capacity, tokens, width // heads), dtype)
 
-    return TokenMemory(zeros(), zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+    written = jnp.zeros((batch, capacity, tokens, width), dtype)
+    return TokenMemory(written, by_head(), by_head(), jnp.zeros((batch,), jnp.int32))
 
 
 def grow(memory: TokenMemory, capacity: int) -> TokenMemory:
     """The same with room for `capacity` frames."""
-    padding = [(0, 0), (0, capacity - memory.capacity), (0, 0), (0, 0)]
-    written = (jnp.pad(x, padding) for x in (memory.tokens, memory.keys, memory.values))
-    return TokenMemory(*written, memory.length)
+    frames = [(0, capacity - memory.capacity), (0, 0), (0, 0)]
+    keys, values = (jnp.pad(x, [(0, 0), (0, 0), *frames]) for x in (memory.keys, memory.values))
+    return TokenMemory(jnp.pad(memory.tokens, [(0, 0), *frames]), keys, values, memory.length)
 
 
 def room(frames: int, capacity: int = 64) -> int:
@@ -82,11 +83,11 @@ def in_clips(features: jax.Array, valid: jax.Array, frames: int) -> Clips:
 
 
 Read = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""read(keys [B, R * N, D], values [B, R * N, D], valid [B, R * N]) -> queries [B, Q, D]."""
+"""read(keys [B, H, R * N, D / H], values like them, valid [B, R * N]) -> queries [B, Q, D]."""
 Perceive = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """perceive(queries [B, Q, D], features [B, F, P, W], numbers [B, F], valid [B, F]) -> [B, F, Q, D]."""
 Write = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-"""write(perceived [B, F, Q, D], numbers [B, F]) -> tokens, keys, values, each [B, F, N, D]."""
+"""write(perceived [B, F, Q, D], numbers [B, F]) -> tokens [B, F, N, D], keys and values [B, H, F, N, D / H]."""
 
 
 @jax.named_scope("rewind")
@@ -131,18 +132,19 @@ def step(memory: TokenMemory, clip: Clips, read: Read, perceive: Perceive, write
     features = jnp.where(valid[..., None, None], clip.features, 0)  # so that not even NaN there does any harm
     numbers = jnp.maximum(memory.length[:, None] + jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
     each = memory.tokens.shape[2]
-    keys, values = (rearrange(x, "b r n d -> b (r n) d") for x in (memory.keys, memory.values))
+    keys, values = (rearrange(x, "b h r n d -> b h (r n) d") for x in (memory.keys, memory.values))
     queries = read(keys, values, jnp.repeat(memory.valid, each, axis=1))
-    written = write(perceive(queries, features, numbers, valid), numbers)
+    tokens, keys, values = write(perceive(queries, features, numbers, valid), numbers)
     places = jnp.where(valid, numbers, memory.capacity)  # beyond the end: dropped
 
     @jax.vmap
-    def put(old, new, places):
-        return old.at[places].set(new.astype(old.dtype), mode="drop")
+    def put(old, new, places):  # [..., R, N, ·]
+        return old.at[..., places, :, :].set(new.astype(old.dtype), mode="drop")
 
-    kept = (memory.tokens, memory.keys, memory.values)
     return TokenMemory(
-        *(put(old, new, places) for old, new in zip(kept, written, strict=True)),
+        put(memory.tokens, tokens, places),
+        put(memory.keys, keys, places),
+        put(memory.values, values, places),
         memory.length + valid.sum(-1, dtype=jnp.int32),
     )
 
@@ -164,7 +166,7 @@ def select(
     q [B, H, S, D / H]: READ's projected queries of the instruction. What frames differ by is the mean of their tokens,
     of length 1. See frame_selection.
     """
-    scores = relevance(q, rearrange(memory.keys, "b r n (h d) -> b h (r n) d", h=q.shape[1]), memory.valid)
+    scores = relevance(q, rearrange(memory.keys, "b h r n d -> b h (r n) d"), memory.valid)
     mean = memory.tokens.astype(jnp.float32).mean(2)
     length = jnp.sqrt(jnp.square(mean).sum(-1, keepdims=True))
     selection = select_frames(

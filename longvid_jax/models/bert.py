@@ -8,7 +8,6 @@ from flax import nnx
 
 from longvid_jax.errors import CheckpointError
 from longvid_jax.models.layers import Embed, FeedForward, LayerNorm, Linear, MultiHeadAttention, exact_gelu, repeat
-from longvid_jax.ops.attention import Keys, attend
 from longvid_jax.ops.layers import layers, rematerialised
 
 
@@ -64,9 +63,7 @@ class BertLayer(nnx.Module):
 
 def self_attend(layer, x: jax.Array, valid: jax.Array) -> jax.Array:
     """The first half of a layer: x [B, N, D] after its attention over the valid [B, N] tokens."""
-    attention = layer.attention
-    context = attend(attention.queries(x), Keys(*attention.keys_values(x), valid))
-    return layer.attention_norm(x + attention.output(context))
+    return layer.attention_norm(x + layer.attention(x, x, valid))
 
 
 class Bert(nnx.Module):

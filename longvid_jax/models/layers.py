@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
 
+from longvid_jax.ops.attention import Keys, attend, attend_few
+
 
 def normal(key: jax.Array, shape: tuple[int, ...], dtype, scale: float = 0.02) -> jax.Array:
     """A random initial value."""
@@ -24,6 +26,12 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x @ self.kernel[...]
         return self.adapted(x, y if self.bias is None else y + self.bias[...])
+
+    def matrix(self) -> jax.Array:
+        """[in, out], adapters and all: a kernel made anew where there are some, so for small maps only."""
+        if self.lora_a is None:
+            return self.kernel[...]
+        return self.kernel[...] + (self.lora_a[...] @ self.lora_b[...] * self.lora_scale).astype(self.kernel.dtype)
 
     def adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """y [..., out], in its dtype, and what the adapters add to it for x [..., in]; y itself without adapters."""
@@ -111,6 +119,39 @@ class MultiHeadAttention(nnx.Module):
     def output(self, context: jax.Array) -> jax.Array:
         """[B, N, width] of the heads' contexts [B, H, N, D]."""
         return self.o(rearrange(context, "b h n d -> b n (h d)"))
+
+    def __call__(self, x: jax.Array, others: jax.Array, valid: jax.Array | None = None) -> jax.Array:
+        """What x [B or 1, N, ·] finds in others [B, S, ·], those valid bool [B, S]: [B, N, ·].
+
+        Where one of the sides is few, the maps commute with the attention and what a large side would be multiplied by
+        is folded into the small one: queries that look at the others as they are, or keys and values for x as it is.
+        """
+        n, s, heads, wide = x.shape[1], others.shape[1], self.heads, self.q.kernel.shape[-1]
+        scale = (wide // heads) ** -0.5
+        folded = heads * min(n, s) <= min(max(n, s), wide // 2)  # one for each head are few as well, beside the others
+        if folded and s <= n:
+            k, v = self.keys_values(others)
+            offsets = jnp.einsum("bhsd,hd->bhs", k, self.q.bias[...].reshape(heads, -1))
+            k = jnp.einsum("bhsd,whd->bhsw", k, _by_head(self.q.matrix(), heads))
+            v = jnp.einsum("bhsd,whd->bhsw", v, _by_head(self.o.matrix().T, heads))
+            return attend_few(x, k, v, offsets, valid, scale) + self.o.bias[...]
+        q = self.queries(x)
+        if folded:  # a key's bias adds the same to all logits of a query, and the weights of values sum to 1
+            q, shown = jnp.einsum("bhnd,whd->bhnw", q, _by_head(self.k.matrix(), heads)), others[:, None]
+            context = attend(_rows(q, others), Keys(shown, shown, valid), scale=scale)
+            context = jnp.einsum("bhnw,whd->bhnd", context, _by_head(self.v.matrix(), heads))
+            return self.output(context + self.v.bias[...].reshape(heads, 1, -1))
+        return self.output(attend(_rows(q, others), Keys(*self.keys_values(others), valid), scale=scale))
+
+
+def _rows(x: jax.Array, like: jax.Array) -> jax.Array:
+    """x [B or 1, ...] with as many rows as the other."""
+    return jnp.broadcast_to(x, (like.shape[0], *x.shape[1:]))
+
+
+def _by_head(matrix: jax.Array, heads: int) -> jax.Array:
+    """[W, H, D] of a matrix [W, H * D]."""
+    return rearrange(matrix, "w (h d) -> w h d", h=heads)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

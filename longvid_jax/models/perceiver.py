@@ -103,9 +103,9 @@ class TextConditioning(MultiHeadAttention):
         """[B, F, P, W], like x; x itself where there is no instruction."""
         if instruction is None:
             return x
-        q = self.queries(self.norm(x).reshape(x.shape[0], -1, x.shape[-1]))
-        context = attend(q, Keys(*self.keys_values(instruction.tokens), instruction.valid))
-        return x + jnp.tanh(self.gate[...]) * self.output(context).reshape(x.shape)
+        normed = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        found = super().__call__(normed, instruction.tokens, instruction.valid)
+        return x + jnp.tanh(self.gate[...]) * found.reshape(x.shape)
 
 
 class PerceiverLayer(nnx.Module):
@@ -188,11 +188,10 @@ class Perceiver(nnx.Module):
 
         def layer(layer: PerceiverLayer, _, q):  # [B * F, Q, D]
             shown = layer.video_norm(x if layer.condition is None else layer.condition(x, instruction))
-            shown = Keys(*layer.cross.keys_values(rearrange(shown, "b f p w -> (b f) p w")), seen)
-            q = q + layer.cross.output(attend(layer.cross.queries(layer.cross_norm(q)), shown))
+            q = q + layer.cross(layer.cross_norm(q), rearrange(shown, "b f p w -> (b f) p w"), seen)
             q = rearrange(q, "(b f) q d -> (b q) f d", b=batch)
-            normed, temporal = layer.temporal_norm(q), layer.temporal
-            q = q + temporal.output(attend(temporal.queries(normed), Keys(*temporal.keys_values(normed), together)))
+            normed = layer.temporal_norm(q)
+            q = q + layer.temporal(normed, normed, together)
             q = rearrange(q, "(b q) f d -> (b f) q d", b=batch)
             return q + layer.mlp(layer.mlp_norm(q))
 
@@ -220,28 +219,27 @@ class ReadWrite(nnx.Module):
 
     @jax.named_scope("read")
     def read(self, queries: jax.Array, keys: jax.Array, values: jax.Array, valid: jax.Array) -> jax.Array:
-        """Queries [B, Q, D] and what they find in the memory's keys and values [B, R, D], those valid bool [B, R].
+        """Queries [B, Q, D] and what they find in the memory's keys and values [B, H, R, D / H], those valid [B, R].
 
         The queries themselves where the memory is empty.
         """
-        k, v = (parts.split_heads(x, self.reading.heads) for x in (keys, values))
-        found = self.reading.output(attend(self.queries(queries), Keys(k, v, valid)))
+        found = self.reading.output(attend(self.queries(queries), Keys(keys, values, valid)))
         return jnp.where(valid.any(-1)[:, None, None], queries + found, queries)
 
     @jax.named_scope("write")
     def write(self, perceived: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Tokens, their keys and their values, each [B, F, N, D], of perceived [B, F, Q, D], frames of these numbers.
+        """Of perceived [B, F, Q, D], frames of these numbers: tokens [B, F, N, D], keys and values [B, H, F, N, D / H].
 
         m = CrossAttn(q=Q_W, kv=perceived), without a residual. The frame's number int32 [B, F] is added to keys only.
         """
-        batch, writing = perceived.shape[0], self.writing
-        q = jnp.broadcast_to(writing.q(self.write_norm(self.write_tokens[...])), (1, *self.write_tokens.shape))
-        q = jnp.repeat(parts.split_heads(q, writing.heads), batch * perceived.shape[1], axis=0)
-        shown = Keys(*writing.keys_values(rearrange(perceived, "b f q d -> (b f) q d")))
-        tokens = rearrange(writing.output(attend(q, shown)), "(b f) n d -> b f n d", b=batch)
+        asking = self.write_norm(self.write_tokens[...])[None]
+        tokens = self.writing(asking, rearrange(perceived, "b f q d -> (b f) q d"))
+        tokens = rearrange(tokens, "(b f) n d -> b f n d", b=perceived.shape[0])
         normed = self.token_norm(tokens)
         placed = normed + self.positions(numbers)[:, :, None].astype(normed.dtype)
-        return tokens, self.reading.k(placed), self.reading.v(normed)
+        keys, values = self.reading.k(placed), self.reading.v(normed)
+        by_head = (rearrange(x, "b f n (h d) -> b h f n d", h=self.reading.heads) for x in (keys, values))
+        return tokens, *by_head
 
 
 def cycle(

@@ -61,6 +61,23 @@ def attend_counted(q: jax.Array, keys: Keys, scale: float | None = None) -> tupl
     return context.astype(q.dtype).reshape(q.shape), weights.sum((1, 2, 3))
 
 
+def attend_few(
+    x: jax.Array, k: jax.Array, v: jax.Array, offsets: jax.Array, valid: jax.Array | None, scale: float
+) -> jax.Array:
+    """Many x [B, N, W] over few keys k [B, H, S, W] -> [B, N, V]: what they find in v [B, H, S, V], heads summed.
+
+    k is of the width of x itself, for which offsets float32 [B, H, S] are added to the logits, and v of what comes out:
+    the maps around the attention are part of them. Only keys valid bool [B, S] count, None: all.
+    """
+    logits = jnp.einsum("bnw,bhsw->bnhs", x, k, preferred_element_type=jnp.float32)
+    logits = (logits + offsets[:, None]) * scale
+    if valid is not None:
+        logits = jnp.where(valid[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    (weights,), totals = _weights([logits])
+    weights = (weights / totals[..., None]).astype(v.dtype)
+    return jnp.einsum("bnhs,bhsv->bnv", weights, v, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Packed:

@@ -163,7 +163,7 @@ def compile_rewind(
         model = abstract_parameters(Rewind, config, mesh, dtype)
         shapes = jax.eval_shape(lambda: rewind_steps.new_memory(model, batch=batch, capacity=capacity))
         memory = jax.tree.map(lambda x: array(x.shape, x.dtype, BATCH), shapes)
-        keys = array(shapes.keys.shape, dtype, BATCH, None, None, "tensor")
+        keys = array(shapes.keys.shape, dtype, BATCH, "tensor")
         memory = dataclasses.replace(memory, keys=keys, values=keys)
         detail = (config.detail_tokens, tower.width)
         pixels = array((batch, frames, side, side, 3), jnp.uint8, BATCH)

@@ -91,7 +91,8 @@ def tell(model: Rewind, memory: TokenMemory, details: jax.Array) -> jax.Array:
 def new_memory(model: Rewind, *, batch: int, capacity: int) -> TokenMemory:
     """A memory in which nothing is written."""
     config = model.config.perceiver
-    return _constrain(rewind.empty(batch, capacity, config.num_write, config.width, model.separator.dtype))
+    sizes = config.num_write, config.width, config.heads
+    return _constrain(rewind.empty(batch, capacity, *sizes, model.separator.dtype))
 
 
 @partial(jax.jit, static_argnames=("rows", "capacity"))
@@ -114,5 +115,5 @@ def _instruction(model: Rewind, text: jax.Array) -> Instruction:
 
 def _constrain(memory: TokenMemory) -> TokenMemory:
     """Rows of the batch on (data, fsdp); what READ's heads look at on tensor, as its projections are."""
-    keys, values = (constrain(x, BATCH, None, None, "tensor") for x in (memory.keys, memory.values))
+    keys, values = (constrain(x, BATCH, "tensor") for x in (memory.keys, memory.values))
     return TokenMemory(constrain(memory.tokens, BATCH), keys, values, constrain(memory.length, BATCH))

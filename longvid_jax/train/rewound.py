@@ -133,7 +133,7 @@ def _watched(
 
     config, room = model.config.perceiver, looking.room(shown.shape[1])
     memory = rewind.watch(
-        rewind.empty(len(words), room, config.num_write, config.width, features.dtype),
+        rewind.empty(len(words), room, config.num_write, config.width, config.heads, features.dtype),
         rewind.in_clips(features, shown, looking.clip_frames),
         *model.cycle(instruction, remat=remat),
         truncate=looking.truncate or None,

@@ -22,28 +22,29 @@ def products(*sizes) -> int:
 
 
 def test_flops_are_those_of_the_definition(found):
-    width, video, queries, patches, frames, words = 32, 24, 5, 16, 4, 5
+    """With the maps around an attention folded into its small side where one is: words, queries, what is written."""
+    width, video, heads, queries, patches, frames, words = 32, 24, 2, 5, 16, 4, 5
     for row in found["rows"]:
         tokens, clips = 2 * row["frames"], row["frames"] // 4
         reading = 2 * products(queries, width, width) + 2 * products(queries, tokens, width)
         assert row["read_flops"] == clips * reading
         conditioned = (
-            2 * products(frames * patches, video, width)
-            + 2 * products(words, width, width)
-            + 2 * products(frames * patches, words, width)
+            2 * products(words, width, width)
+            + 2 * products(words, width, video)
+            + products(words, width)
+            + 2 * products(frames * patches, heads * words, video)
         )
         looking = (
-            2 * products(frames * patches, video, width)
-            + 2 * products(frames * queries, width, width)
-            + 2 * products(frames * queries, patches, width)
+            2 * products(frames * queries, width, width)
+            + 2 * products(frames * queries, width, video)
+            + 2 * products(frames * queries * heads, patches, video)
         )
         along = 4 * products(frames * queries, width, width) + 2 * products(frames * queries, frames, width)
         thinking = 2 * products(frames * queries, width, 48)
         writing = (
-            products(2, width, width)
-            + 2 * products(frames * queries, width, width)
-            + 2 * products(2 * frames, queries, width)
-            + 3 * products(2 * frames, width, width)  # out, and to READ's keys and values
+            2 * products(2, width, width)
+            + 2 * products(2 * frames * heads, queries, width)
+            + 4 * products(2 * frames, width, width)  # values, out, and to READ's keys and values
         )
         assert row["cycle_flops"] == clips * (reading + 2 * (conditioned + looking + along + thinking) + writing)
         embedded = products(frames * patches, 7 * 7 * 3, video)

@@ -17,11 +17,6 @@ select_frames = jax.jit(
 )
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 # What the functions must give, one row at a time.
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from flax import nnx
 
 from longvid_jax.errors import OptionError
@@ -47,12 +48,17 @@ def watch(networks, memory, features, valid, words, words_valid, *, clip=3, trun
 
 
 def empty(batch, capacity=12):
-    return rewind.empty(batch, capacity, TOKENS, WIDTH, jnp.float32)
+    return rewind.empty(batch, capacity, TOKENS, WIDTH, SMALL.heads, jnp.float32)
+
+
+def written(memory):
+    """Tokens, keys and values, each [B, R, N, D]."""
+    return memory.tokens, *(rearrange(x, "b h r n d -> b r n (h d)") for x in (memory.keys, memory.values))
 
 
 def same(one, other, frames=None, atol=1e-6):
     np.testing.assert_array_equal(one.length, other.length)
-    for a, b in zip(jax.tree.leaves(one)[:3], jax.tree.leaves(other)[:3], strict=True):
+    for a, b in zip(written(one), written(other), strict=True):
         close(a[:, :frames], b[:, :frames], atol=atol)
 
 
@@ -66,7 +72,7 @@ def test_the_cycle(networks, given, clip):
     np.testing.assert_array_equal(memory.valid.sum(1), LENGTHS)
     for row, length in enumerate(LENGTHS):
         expected = oracle.watch(features[row, :length], oracle.words(words[row, words_valid[row]]), clip)
-        for got, want in zip((memory.tokens, memory.keys, memory.values), expected, strict=True):
+        for got, want in zip(written(memory), expected, strict=True):
             close(got[row, :length], want)
             assert not np.any(got[row, length:])
 
@@ -82,7 +88,7 @@ def test_keys_are_projected_once(networks, given):
         return read_write.reading.k(placed), read_write.reading.v(normed)
 
     seen = np.asarray(memory.valid)
-    for stored, anew in zip((memory.keys, memory.values), project(networks[1], memory.tokens), strict=True):
+    for stored, anew in zip(written(memory)[1:], project(networks[1], memory.tokens), strict=True):
         close(np.asarray(stored)[seen], np.asarray(anew)[seen], atol=1e-6)
 
 
@@ -239,8 +245,7 @@ def test_select(networks, given):
     for row, length in enumerate(LENGTHS):
         expected = np.zeros(12)
         for head in range(SMALL.heads):
-            part = slice(head * 4, head * 4 + 4)
-            weights = np.exp(np.float64(memory.keys[row, :length, :, part]) @ np.float64(q[row, head, 0]) / 2)
+            weights = np.exp(np.float64(memory.keys[row, head, :length]) @ np.float64(q[row, head, 0]) / 2)
             expected[:length] += (weights / weights.sum()).sum(1) if length else 0
         close(scores[row], expected)
         best = sorted(sorted(range(length), key=lambda n, scores=scores[row]: -scores[n])[:5])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from einops import rearrange
 from flax import nnx
 
 from longvid_jax import convert
@@ -51,11 +52,6 @@ CONFIG = {
     "num_queries": 3,
     "detail_tokens": 4,
 }
-
-
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
 
 
 def networks(**changes):
@@ -121,7 +117,8 @@ def test_read(rng):
     _, memory, oracle = networks()
     queries, keys, values = normal(rng, 3, 4, 12), normal(rng, 3, 10, 12), normal(rng, 3, 10, 12)
     counts = (10, 4, 0)
-    out = jax.jit(ReadWrite.read)(memory, queries, keys, values, np.arange(10) < np.array(counts)[:, None])
+    by_head = (rearrange(x, "b r (h d) -> b h r d", h=SMALL.heads) for x in (keys, values))
+    out = jax.jit(ReadWrite.read)(memory, queries, *by_head, np.arange(10) < np.array(counts)[:, None])
     for row, count in enumerate(counts):
         close(out[row], oracle.read(queries[row], keys[row, :count], values[row, :count]))
     np.testing.assert_array_equal(out[2], queries[2])
@@ -131,7 +128,8 @@ def test_read(rng):
 def test_write(rng, num_frames):
     _, memory, oracle = networks(num_frames=num_frames)
     perceived, numbers = normal(rng, 2, 3, 4, 12), np.array([[0, 1, 2], [3, 4, 5]], np.int32)
-    written = jax.jit(ReadWrite.write)(memory, perceived, numbers)
+    tokens, *by_head = jax.jit(ReadWrite.write)(memory, perceived, numbers)
+    written = tokens, *(rearrange(x, "b h f n d -> b f n (h d)") for x in by_head)
     for row in range(2):
         for frame in range(3):
             for got, expected in zip(written, oracle.write(perceived[row, frame], numbers[row, frame]), strict=True):
