@@ -30,7 +30,8 @@ def longvid(tmp_path):
 
 
 def test_stopped_and_taken_up_again(longvid, tmp_path):
-    words = ["train", "--config", "qwen2vl_world:smoke", "--workdir", "run", "--config.stages[1].steps=60", "--json"]
+    words = ["train", "--config", "qwen2vl_world:smoke", "--workdir", "run", "--config.stages[1].steps=60"]
+    words += ["--config.save.every=30", "--config.eval.every=31", "--json"]
     process = longvid(*words)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):

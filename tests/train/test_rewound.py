@@ -1,6 +1,7 @@
 """ReWind's losses: answers as the system would give them, SigLIP's against NumPy, and runs of its configs."""
 
 import dataclasses
+import functools
 import json
 import math
 from functools import partial
@@ -69,7 +70,12 @@ def questions_about(model, pixels, looking=LOOKING) -> dict[str, np.ndarray]:
 
 
 def tokens_of(module, batch, looking=LOOKING):
-    return jax.jit(partial(rewound_tokens, looking=looking, mean=MEAN, std=STD))(module, batch)
+    return program(looking)(module, batch)
+
+
+@functools.cache
+def program(looking):
+    return jax.jit(partial(rewound_tokens, looking=looking, mean=MEAN, std=STD))
 
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
