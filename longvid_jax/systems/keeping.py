@@ -19,7 +19,7 @@ from longvid_jax.convert.folder import first_line
 from longvid_jax.convert.target import written
 from longvid_jax.errors import CheckpointError
 
-STRUCTURE, ARRAYS, FORMAT = "memory.json", "arrays", 1
+STRUCTURE, ARRAYS, FORMAT = "memory.json", "arrays", 2  # 2: ReWind's keys and values are stored by head
 HOMES = ("longvid_jax.memory.", "longvid_jax.ops.")  # classes of no other modules are made of what a file says
 
 
@@ -46,21 +46,39 @@ def restore(folder: str | Path, *, mesh: Mesh | None = None):
     """The memory that `save` wrote, for the model (the same weights, method and layout) that made it.
 
     mesh: arrays that were spread over a mesh are spread over this one in the same way; None: all on the first local
-    device. Raises CheckpointError if the folder is no saved memory or is damaged.
+    device. Raises CheckpointError if the folder is no saved memory, is damaged, or is of a version with another format.
     """
     folder = Path(folder).expanduser().absolute()
+    structure = _structure(folder)
     try:
-        structure = json.loads((folder / STRUCTURE).read_text(encoding="utf-8"))
         wanted: dict[str, jax.ShapeDtypeStruct] = {}
         _rebuild(structure["memory"], "memory", wanted, mesh, None)
         stored = checkpoint.contents(folder / ARRAYS)
         if stored.keys() != wanted.keys():
             raise ValueError(f"{STRUCTURE} and {ARRAYS} name different arrays")
         return _rebuild(structure["memory"], "memory", {}, mesh, checkpoint.restore(folder / ARRAYS, wanted))
+    except Exception as error:  # of Orbax, or a structure of another form
+        raise _damaged(folder, error) from error
+
+
+def _structure(folder: Path) -> dict:
+    try:
+        structure = json.loads((folder / STRUCTURE).read_text(encoding="utf-8"))
+        kind, by = structure["format"], structure["longvid_jax"]
     except FileNotFoundError:
         raise CheckpointError(f"{folder} holds no {STRUCTURE}; give a folder that lv.save has made.") from None
-    except Exception as error:  # of Orbax, JSON or a structure of another form
-        raise CheckpointError(f"{folder} is a damaged memory ({first_line(error)}); watch the video again.") from error
+    except Exception as error:
+        raise _damaged(folder, error) from error
+    if kind != FORMAT:
+        raise CheckpointError(
+            f"{folder} was saved by longvid_jax {by} in format {kind}, but this version reads format {FORMAT}; watch "
+            "the video again."
+        )
+    return structure
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder} is a damaged memory ({first_line(error)}); watch the video again.")
 
 
 def _describe(node, path: str, arrays: dict):

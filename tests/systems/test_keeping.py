@@ -98,6 +98,9 @@ def test_damage(saved):
     structure.write_text(json.dumps(content))
     with pytest.raises(lv.CheckpointError, match="name different arrays"):
         lv.restore(saved)
+    structure.write_text(json.dumps(json.loads(whole) | {"format": 1}))
+    with pytest.raises(lv.CheckpointError, match="in format 1, but this version reads format 2; watch the video again"):
+        lv.restore(saved)
     structure.write_text(whole)
     data = max((file for file in (saved / "arrays").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
     data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
