@@ -81,9 +81,7 @@ def _at(
         return rewind.step(memory, given, *cycle(*networks, told))
 
     def read(networks, memory, features, told):
-        each = memory.tokens.shape[2]
-        keys, values = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in (memory.keys, memory.values))
-        return cycle(*networks, told)[0](keys, values, jnp.repeat(memory.valid, each, axis=1))
+        return cycle(*networks, told)[0](*memory.by_token)
 
     given = networks, memory, features, told
     whole, reading = _cost(clip, given, donated=1), _cost(read, given)

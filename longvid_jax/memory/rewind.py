@@ -42,6 +42,12 @@ class TokenMemory:
         """bool [B, R]: which frames are real."""
         return jnp.arange(self.capacity) < self.length[:, None]
 
+    @property
+    def by_token(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What READ takes: keys and values [B, H, R * N, D / H], and which of them are real, bool [B, R * N]."""
+        keys, values = (rearrange(x, "b h r n d -> b h (r n) d") for x in (self.keys, self.values))
+        return keys, values, jnp.repeat(self.valid, self.tokens.shape[2], axis=1)
+
 
 def empty(batch: int, capacity: int, tokens: int, width: int, heads: int, dtype) -> TokenMemory:
     """A memory in which nothing is written: room for `capacity` frames of N `tokens` of D `width`."""
@@ -131,9 +137,7 @@ def step(memory: TokenMemory, clip: Clips, read: Read, perceive: Perceive, write
     valid = clip.valid
     features = jnp.where(valid[..., None, None], clip.features, 0)  # so that not even NaN there does any harm
     numbers = jnp.maximum(memory.length[:, None] + jnp.cumsum(valid, axis=-1, dtype=jnp.int32) - 1, 0)
-    each = memory.tokens.shape[2]
-    keys, values = (rearrange(x, "b h r n d -> b h (r n) d") for x in (memory.keys, memory.values))
-    queries = read(keys, values, jnp.repeat(memory.valid, each, axis=1))
+    queries = read(*memory.by_token)
     tokens, keys, values = write(perceive(queries, features, numbers, valid), numbers)
     places = jnp.where(valid, numbers, memory.capacity)  # beyond the end: dropped
 
@@ -166,7 +170,7 @@ def select(
     q [B, H, S, D / H]: READ's projected queries of the instruction. What frames differ by is the mean of their tokens,
     of length 1. See frame_selection.
     """
-    scores = relevance(q, rearrange(memory.keys, "b h r n d -> b h (r n) d"), memory.valid)
+    scores = relevance(q, memory.by_token[0], memory.valid)
     mean = memory.tokens.astype(jnp.float32).mean(2)
     length = jnp.sqrt(jnp.square(mean).sum(-1, keepdims=True))
     selection = select_frames(

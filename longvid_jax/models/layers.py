@@ -31,7 +31,7 @@ class Linear(nnx.Module):
         """[in, out], adapters and all: a kernel made anew where there are some, so for small maps only."""
         if self.lora_a is None:
             return self.kernel[...]
-        return self.kernel[...] + (self.lora_a[...] @ self.lora_b[...] * self.lora_scale).astype(self.kernel.dtype)
+        return adapted_kernel(self.kernel[...], self.lora_a[...], self.lora_b[...], self.lora_scale)
 
     def adapted(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """y [..., out], in its dtype, and what the adapters add to it for x [..., in]; y itself without adapters."""
@@ -40,6 +40,12 @@ class Linear(nnx.Module):
         a, b = self.lora_a[...], self.lora_b[...]
         update = jnp.matmul(x @ a, b, preferred_element_type=jnp.result_type(y, b))  # never a @ b, which is a kernel
         return y + (update * self.lora_scale).astype(y.dtype)
+
+
+def adapted_kernel(kernel: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    """kernel + scale a b, added in float32: [..., in, out] of a [..., in, rank] and b [..., rank, out]."""
+    update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest") * scale
+    return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -131,7 +137,8 @@ class MultiHeadAttention(nnx.Module):
         folded = heads * min(n, s) <= min(max(n, s), wide // 2)  # one for each head are few as well, beside the others
         if folded and s <= n:
             k, v = self.keys_values(others)
-            offsets = jnp.einsum("bhsd,hd->bhs", k, self.q.bias[...].reshape(heads, -1))
+            bias = self.q.bias[...].reshape(heads, -1)
+            offsets = jnp.einsum("bhsd,hd->bhs", k, bias, preferred_element_type=jnp.float32)
             k = jnp.einsum("bhsd,whd->bhsw", k, _by_head(self.q.matrix(), heads))
             v = jnp.einsum("bhsd,whd->bhsw", v, _by_head(self.o.matrix().T, heads))
             return attend_few(x, k, v, offsets, valid, scale) + self.o.bias[...]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longvid_jax.errors import CheckpointError, OptionError
-from longvid_jax.models.layers import Linear
+from longvid_jax.models.layers import Linear, adapted_kernel
 from longvid_jax.models.paths import is_stacked, part_paths, path_of, select
 
 A, B = "lora_a", "lora_b"
@@ -58,7 +58,7 @@ def merge(module):
     """
     changed = {}
     for path, linear in _adapted(module).items():
-        kernel = _run(_added, *_arrays(linear), linear.lora_scale)
+        kernel = _run(adapted_kernel, *_arrays(linear), linear.lora_scale)
         changed[path] = _with(linear, None, None, None, kernel=kernel)
     return _replace(module, changed)
 
@@ -72,7 +72,9 @@ def unmerge(module, adapters: Mapping[str, jax.Array], alpha: float):
     changed = {}
     for path, linear in _adapted(module).items():
         kernel, a, b = _arrays(linear)
-        changed[path] = _with(linear, a, b, linear.lora_scale, kernel=_run(_added, kernel, a, b, -linear.lora_scale))
+        changed[path] = _with(
+            linear, a, b, linear.lora_scale, kernel=_run(adapted_kernel, kernel, a, b, -linear.lora_scale)
+        )
     return _replace(module, changed)
 
 
@@ -155,11 +157,6 @@ def _scale(alpha: float, rank: int) -> float:
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
         raise OptionError(f"LoRA's alpha is {alpha!r}, but must be a number above 0.")
     return alpha / rank
-
-
-def _added(kernel, a, b, scale):
-    update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest") * scale
-    return (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
 
 
 def _check_shapes(path: str, kernel, a, b) -> None:

@@ -38,8 +38,8 @@ def expected(module, x, others, valid):
 
 @pytest.fixture(scope="module")
 def module():
-    make = lambda: MultiHeadAttention(WIDTH, HEADS, kv_width=KV_WIDTH, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
-    return randomised(make)
+    sizes = {"width": WIDTH, "heads": HEADS, "kv_width": KV_WIDTH}
+    return randomised(lambda: MultiHeadAttention(**sizes, dtype=jnp.float32, rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize("adapters", [False, True])
